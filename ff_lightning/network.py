@@ -1,0 +1,235 @@
+"""LocalNet: a network whose blocks learn each by its own local loss. Plain PyTorch, no Lightning in it.
+
+Shapes: B batch, C channels, H x W positions, K classes, L blocks.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ff_lightning.goodness import HEADS, HeadFactory
+from ff_lightning.inference import VOTES
+from ff_lightning.losses import LogSumExpLoss
+from ff_lightning.partition import Block, Granularity, State, partition
+from ff_lightning.partition.cuts import unknown
+
+Norm = Literal["layer", "channel", "length", "none"]
+
+
+class LocalNet(nn.Module):
+    """A network cut into blocks, each with a head and a local loss of its own; no gradient crosses a border.
+
+    The blocks hold the modules of `model` themselves: what is trained here is trained there.
+
+    Args:
+        model: The network to cut; its classifier is not used.
+        num_classes: K.
+        granularity: Where to cut; see `ff_lightning.partition`.
+        head: ``"deep"``, ``"paper"``, or a function (channels, K) -> module from (B, C, H, W) to goodness (B, K).
+        norm: What the next block and the head see of a block's output: normalised over all features of an image
+            (``"layer"``), over the channels of each position (``"channel"``), divided by its root mean square
+            (``"length"``), or as it is (``"none"``).
+        vote: How the blocks decide together: ``"mean"`` of goodness, ``"last"`` block, mean ``"log_softmax"``.
+        input_shape: (C, H, W) of an image.
+        loss: Module from goodness (B, K) and classes (B,) to a scalar. None: `LogSumExpLoss`.
+
+    Attributes:
+        blocks: The blocks in order, each with a `name`.
+        heads: The head of each block.
+
+    Raises:
+        ValueError: If an argument is out of its range or the model cannot be cut; see `ff_lightning.partition`.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.ReLU())
+        >>> net = LocalNet(model, num_classes=10, input_shape=(1, 8, 8))
+        >>> x, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 7])
+        >>> for loss in net.local_losses(x, y):  # block after block
+        ...     loss.backward()
+        >>> net(x).shape, net.goodness(x).shape
+        (torch.Size([2, 10]), torch.Size([2, 2, 10]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        granularity: Granularity = "block",
+        head: str | HeadFactory = "deep",
+        norm: Norm = "layer",
+        vote: str = "mean",
+        input_shape: Sequence[int] = (3, 32, 32),
+        loss: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes={num_classes}: must be at least 2")
+        if norm not in get_args(Norm):
+            raise ValueError(unknown("norm", norm, get_args(Norm), f"one of {list(get_args(Norm))}"))
+        if vote not in VOTES:
+            raise ValueError(unknown("vote", vote, VOTES, f"one of {list(VOTES)}"))
+        if isinstance(head, str) and head not in HEADS:
+            raise ValueError(unknown("head", head, HEADS, f"one of {list(HEADS)} or a function (channels, classes)"))
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        blocks = partition(model, granularity, torch.zeros(1, *input_shape, device=device))
+        make_head = HEADS[head] if isinstance(head, str) else head
+        self.num_classes = num_classes
+        self.norm = norm
+        self.vote = vote
+        self.input_shape = tuple(input_shape)
+        self.blocks = nn.ModuleList(blocks)
+        self.heads = nn.ModuleList(make_head(block.map_shape[0], num_classes).to(device) for block in blocks)
+        self.criterion = loss if loss is not None else LogSumExpLoss()
+        if len(blocks) == 1:
+            warnings.warn(
+                f"{type(model).__name__} is a single block with granularity={granularity!r}: nothing is local, it is "
+                "trained by ordinary backpropagation",
+                stacklevel=2,
+            )
+
+    def local_features(self, x: Tensor) -> Iterator[Tensor]:
+        """The normalised features (B, C, H, W) of one block after the other; the next block runs when it is asked for.
+
+        Only the block's own graph hangs on each: what enters a block is detached.
+
+        Args:
+            x: Images, (B, C, H, W).
+
+        Raises:
+            ValueError: If the images have another number of channels than `input_shape`, or if a batch norm gets a
+                single value per channel.
+        """
+        if x.ndim != len(self.input_shape) + 1 or x.shape[1] != self.input_shape[0]:
+            raise ValueError(f"images of shape {tuple(x.shape[1:])}: the network was built for {self.input_shape}")
+        state: State = x
+        for k, block in enumerate(self.blocks):
+            state, features = self._run(k, cast(Block, block), state)
+            yield features
+
+    def _run(self, k: int, block: Block, state: State) -> tuple[State, Tensor]:
+        """Run a block: what the next one may see of it, and its features with their graph."""
+        try:
+            out = block(state)
+        except ValueError as error:
+            raise ValueError(f"block {k} ({block.name}), batch of {len(_main(state))}: {error}") from error
+        rest = out[1:] if isinstance(out, tuple) else ()
+        features = _normalise(_main(out), self.norm, block.channel_dim)
+        outside = features.detach()
+        state = (outside, *map(_detach, rest)) if rest else outside
+        return state, block.to_map(features)
+
+    def local_losses(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+        """The local loss of one block after the other, each with a graph of its own.
+
+        The next block runs when the next loss is asked for: call backward (and step) in between, and only one graph
+        is ever alive.
+
+        Args:
+            x: Images, (B, C, H, W).
+            y: Classes, (B,), int64.
+
+        Raises:
+            ValueError: If a class is outside 0 ... K-1 (checked on the CPU only, where it costs nothing).
+        """
+        check_classes(y, self.num_classes)
+        for k, features in enumerate(self.local_features(x)):
+            yield self.criterion(self.heads[k](features), y)
+
+    def loss(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """The sum of the local losses, as one scalar for any ordinary training loop.
+
+        The local gradients are computed here, block after block, so that the graph of only one block is alive at any
+        time; ``backward()`` of the result delivers them to the parameters.
+
+        Args:
+            x: Images, (B, C, H, W).
+            y: Classes, (B,), int64.
+            scaler: The gradient scaler of the training loop, where it trains in float16: the local gradients are
+                then computed at its scale too, and do not underflow.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if not torch.is_grad_enabled() or not parameters:
+            return torch.stack(list(self.local_losses(x, y))).sum()
+        scale = scaler.scale(torch.ones((), device=x.device)) if scaler else torch.ones((), device=x.device)
+        gradients: dict[Tensor, Tensor | None] = {}
+        total = torch.zeros((), device=x.device)
+        for k, loss in enumerate(self.local_losses(x, y)):
+            own = self.block_parameters(k)
+            if own:
+                own_gradients = torch.autograd.grad(loss * scale, own, allow_unused=True)
+                gradients.update(zip(own, own_gradients, strict=True))
+            total += loss.detach()
+        return _Deliver.apply(total, scale, [gradients.get(p) for p in parameters], *parameters)
+
+    def block_parameters(self, k: int) -> list[nn.Parameter]:
+        """The trainable parameters of block k and its head."""
+        both = (*self.blocks[k].parameters(), *self.heads[k].parameters())
+        return [parameter for parameter in both if parameter.requires_grad]
+
+    def goodness(self, x: Tensor) -> Tensor:
+        """Goodness of each class at each block.
+
+        Args:
+            x: Images, (B, C, H, W).
+
+        Returns:
+            (L, B, K), float32.
+        """
+        return torch.stack([self.heads[k](features) for k, features in enumerate(self.local_features(x))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of the classes after the vote of the blocks: (B, C, H, W) -> (B, K); the highest one wins."""
+        return VOTES[self.vote](self.goodness(x))
+
+
+def check_classes(y: Tensor, num_classes: int) -> None:
+    """Raise ValueError if a class is outside 0 ... K-1. Looks only where that needs no wait for a device."""
+    if y.device.type == "cpu" and y.numel():
+        lowest, highest = int(y.min()), int(y.max())
+        if lowest < 0 or highest >= num_classes:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"label {wrong} in the batch: num_classes={num_classes} allows 0 to {num_classes - 1}")
+
+
+def _normalise(h: Tensor, norm: Norm, channel_dim: int) -> Tensor:
+    """Normalise the output of a block; see `LocalNet`."""
+    if norm == "layer":
+        return F.layer_norm(h, h.shape[1:])
+    if norm == "channel":
+        return F.layer_norm(h.movedim(channel_dim, -1), (h.shape[channel_dim],)).movedim(-1, channel_dim)
+    if norm == "length":
+        return F.rms_norm(h, h.shape[1:])
+    return h
+
+
+def _main(state: State) -> Tensor:
+    return state[0] if isinstance(state, tuple) else state
+
+
+def _detach(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+class _Deliver(torch.autograd.Function):
+    """A scalar whose backward hands out gradients that were computed before, times the gradient that arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, scale: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.scale, ctx.gradients = scale, gradients
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the local gradients of this loss were already delivered: compute the loss again")
+        present = [gradient for gradient in gradients if gradient is not None]
+        torch._foreach_mul_(present, arriving / ctx.scale)
+        return None, None, None, *gradients

@@ -1,0 +1,203 @@
+"""Where a network may be cut, and where each granularity cuts it.
+
+A cut `p` lies before operation number `p`. Anchors are the runs of operations that must stay together, one for each
+unit: a layer with weights, a gate (squeeze-excite), a residual block. Between two anchors the cut goes where the
+nesting of modules is shallowest (a norm stays with the convolution of its own module), of these where the fewest
+tensors cross (a norm behind a shortcut goes with what follows), of these as late as possible (an activation or a
+pooling stays with the layer before it).
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from ff_lightning.partition.graph import Features, Op
+
+Span = tuple[int, int]  # operations start ... end - 1
+
+
+def layer_cuts(features: Features) -> list[int]:
+    """A unit for each convolution, linear or attention layer, with its norm and activation, and for each gate."""
+    gates = _gates(features)
+    inside_gate = {cut for start, end in gates for cut in range(start + 1, end)}
+    anchors = [*gates, *((i, i + 1) for i in _layers(features.ops) if not _covered(i, gates))]
+    allowed = set(range(len(features.ops))) - inside_gate
+    return _between(features, sorted(anchors), allowed)
+
+
+def block_cuts(features: Features) -> list[int]:
+    """A unit for each residual block, and for each layer outside of them; one tensor crosses every cut."""
+    blocks = _residual_blocks(features)
+    anchors = [*blocks, *((i, i + 1) for i in _layers(features.ops) if not _covered(i, blocks))]
+    inside = {cut for start, end in blocks for cut in range(start + 1, end)}
+    return _between(features, sorted(anchors), set(_narrow(features)) - inside)
+
+
+def stage_cuts(features: Features) -> list[int]:
+    """The block cuts at which the resolution of the maps changes."""
+    cuts = block_cuts(features)
+    areas = [features.area(end) for end in [*cuts, len(features.ops)]]
+    return [cut for cut, before, after in zip(cuts, areas[:-1], areas[1:], strict=True) if before != after]
+
+
+def named_cuts(features: Features, names: Sequence[str]) -> list[int]:
+    """A cut after each of the named modules.
+
+    Raises:
+        ValueError: If a name is not in the model or not in its feature part, or if a unit would be empty.
+    """
+    known = [name for name, _ in features.model.named_modules() if name]
+    cuts = []
+    for name in names:
+        if name not in known:
+            raise ValueError(unknown("granularity", name, known, "a list of names of modules of the network"))
+        inside = [i for i, op in enumerate(features.ops) if name in op.path]
+        if not inside:
+            raise ValueError(f"granularity: module {name!r} takes no part in the features of the network")
+        cuts.append(inside[-1] + 1)
+    borders = [0, *cuts, len(features.ops)]
+    for name, start, end in zip([*names, "the last cut"], borders, borders[1:], strict=False):
+        if not any(op.weights for op in features.ops[start:end]):
+            where = f"before the cut after {name!r}" if end != len(features.ops) else f"after {names[-1]!r}"
+            raise ValueError(f"granularity={list(names)}: the unit {where} is empty, it has no layer with weights")
+    return cuts
+
+
+def unknown(argument: str, value: object, known: Iterable[str], allowed: str) -> str:
+    """Message for a name that is not known: what is allowed, and the names that look like it."""
+    close = difflib.get_close_matches(str(value), list(known), n=3)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"{argument}={value!r} is not known: give {allowed}{hint}"
+
+
+def keep_shared_together(features: Features, cuts: Iterable[int]) -> list[int]:
+    """Without the cuts between two uses of the same parameters: a parameter belongs to one unit."""
+    first: dict[str, int] = {}
+    joined: set[int] = set()
+    for i, op in enumerate(features.ops):
+        owned = [a.target for a in op.node.all_input_nodes if a.op == "get_attr"]
+        if op.node.op == "call_module" and op.has_state:
+            owned.append(op.node.target)
+        for target in map(str, owned):
+            joined.update(range(first.setdefault(target, i) + 1, i + 1))
+    return [cut for cut in cuts if cut not in joined]
+
+
+def _layers(ops: Sequence[Op]) -> list[int]:
+    return [i for i, op in enumerate(ops) if op.weights]
+
+
+def _covered(i: int, spans: Sequence[Span]) -> bool:
+    return any(start <= i < end for start, end in spans)
+
+
+def _narrow(features: Features) -> list[int]:
+    """The cuts that a single tensor crosses."""
+    return [cut for cut in range(1, len(features.ops)) if len(features.crossing(cut)) == 1]
+
+
+def _residual_blocks(features: Features) -> list[Span]:
+    """The spans of the residual blocks.
+
+    A residual connection is a run of operations that more than one tensor crosses all along. Its block is the
+    innermost module that holds all of it; every other module of that class is a block too (an inverted residual
+    without a shortcut, say). A connection that the network's own forward makes is a block by itself.
+    """
+    ops = features.ops
+    modules = dict(features.model.named_modules())
+    borders = [0, *_narrow(features), len(ops)]
+    spans: list[Span] = []
+    classes: set[type[nn.Module]] = set()
+    for start, end in pairwise(borders):
+        if end - start == 1 or not any(op.weights for op in ops[start:end]):
+            continue
+        spans.append((start, end))
+        holder = [name for name in _common(ops[start:end]) if not _is_whole(name, ops)]
+        if holder and not isinstance(modules[holder[-1]], nn.Sequential):
+            classes.add(type(modules[holder[-1]]))
+    calls: dict[str, list[int]] = {}
+    for i, op in enumerate(ops):
+        for call, name in zip(op.calls, op.path, strict=True):
+            if type(modules[name]) in classes and not _is_whole(name, ops):
+                calls.setdefault(call, []).append(i)
+    spans.extend((inside[0], inside[-1] + 1) for inside in calls.values())
+    return _merge(span for span in spans if any(op.weights for op in ops[span[0] : span[1]]))
+
+
+def _is_whole(name: str, ops: Sequence[Op]) -> bool:
+    """Whether all layers are in this module: it is the network, not a block of it."""
+    return all(name in op.path for op in ops if op.weights)
+
+
+def _common(ops: Sequence[Op]) -> list[str]:
+    """Names of the modules that all of these operations run in, outermost first."""
+    names = []
+    for level in zip(*(op.path for op in ops), strict=False):
+        if len(set(level)) > 1:
+            break
+        names.append(level[0])
+    return names
+
+
+def _gates(features: Features) -> list[Span]:
+    """The spans in which a map is multiplied by a function of its own pooled values (squeeze-excite).
+
+    They are not cut: a cut inside would train a pooled vector, not a map.
+    """
+    index = {op.node: i for i, op in enumerate(features.ops)}
+    spans = []
+    for i, op in enumerate(features.ops):
+        factors = [index[node] for node in op.node.all_input_nodes if node in index]
+        if not _is_product(op) or len(factors) != 2:
+            continue
+        shapes = [features.ops[f].shape for f in factors]
+        if shapes[0] is None or shapes[1] is None or shapes[0] == shapes[1]:
+            continue
+        whole, gate = sorted(factors, key=lambda f: _count(features.ops[f].shape), reverse=True)
+        branch, todo = set(), [gate]
+        while todo:
+            j = todo.pop()
+            if j > whole and j not in branch:
+                branch.add(j)
+                todo.extend(index[node] for node in features.ops[j].node.all_input_nodes if node in index)
+        if any(features.ops[j].weights for j in branch):
+            spans.append((min(branch), i + 1))
+    return _merge(spans)
+
+
+def _is_product(op: Op) -> bool:
+    return str(getattr(op.node.target, "__name__", op.node.target)).strip("_") in ("mul", "imul", "multiply")
+
+
+def _count(shape: tuple[int, ...] | None) -> int:
+    total = 1
+    for extent in shape or ():
+        total *= extent
+    return total
+
+
+def _merge(spans: Iterable[Span]) -> list[Span]:
+    """Overlapping spans joined."""
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and start < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _between(features: Features, anchors: Sequence[Span], allowed: set[int]) -> list[int]:
+    """One cut between each two anchors: see the top of this file for the choice."""
+
+    def preference(cut: int) -> tuple[int, int, int]:
+        return len(_common(features.ops[cut - 1 : cut + 1])), len(features.crossing(cut)), -cut
+
+    cuts = []
+    for (_, end), (start, _) in pairwise(anchors):
+        places = [cut for cut in range(end, start + 1) if cut in allowed]
+        if places:
+            cuts.append(min(places, key=preference))
+    return cuts

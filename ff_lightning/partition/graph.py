@@ -1,0 +1,407 @@
+"""What a network computes, as a list of operations: the raw material of every partition.
+
+`read_features` traces a model with `torch.fx`, runs one example through it and returns the operations of its
+feature part in the order in which they run. The classifier, and the pooling and flattening before it, are left out.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+_ACTIVATIONS = {"relu", "relu_", "relu6", "leaky_relu", "gelu", "elu", "silu", "hardswish", "tanh", "sigmoid"}
+_ELEMENTWISE = {"add", "iadd", "mul", "imul", "sub", "truediv", "cat", "concat", "expand", "where", "getitem", "stack"}
+_SIZES_TO_TRY = (224, 32, 28, 64, 96, 8)  # pixels, for a model whose input size nobody told us
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of the network that depends on its input.
+
+    Attributes:
+        node: The operation in the traced graph.
+        calls: The module calls it runs in, outermost first, unique for each call: ``("layer1", "layer1.0")``.
+        path: The names of these modules.
+        shape: Shape of its result for the example, or None where the result is not a tensor.
+        weights: Its weight tensors of at least two dimensions: what makes it a layer of its own.
+        has_state: Whether it has parameters or buffers at all.
+    """
+
+    node: fx.Node
+    calls: tuple[str, ...]
+    path: tuple[str, ...]
+    shape: tuple[int, ...] | None
+    weights: tuple[Tensor, ...]
+    has_state: bool
+
+    @property
+    def module_name(self) -> str:
+        """Name of the innermost module it runs in, or of the operation where that is the model itself."""
+        return self.path[-1] if self.path else self.node.name
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module with children while the network was traced: what went in and what came out."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
+@dataclass(frozen=True)
+class Features:
+    """The feature part of a model: its operations in order; the result of the last one is the feature map.
+
+    Attributes:
+        model: The network.
+        ops: The operations.
+        left_out: Operations behind the features: pooling and classifier.
+        calls: The calls of modules that have children, by the unique name that `Op.calls` uses.
+        two_faced: The calls whose own operations are others in training than in evaluation.
+        input: The node that stands for the images.
+        example: The input batch that was run.
+    """
+
+    model: nn.Module
+    ops: tuple[Op, ...]
+    left_out: tuple[Op, ...]
+    calls: dict[str, Call]
+    two_faced: frozenset[str]
+    input: fx.Node
+    example: Tensor
+
+    def alive(self, cut: int) -> list[fx.Node]:
+        """The values made before operation number `cut` and used by it or after it."""
+        if cut == len(self.ops):
+            return [self.ops[-1].node]
+        after = {op.node for op in self.ops[cut:]}
+        made = [self.input, *(op.node for op in self.ops[:cut])]
+        return [node for node in made if any(user in after for user in node.users)]
+
+    def crossing(self, cut: int) -> list[fx.Node]:
+        """The tensors among the values that are alive at a cut."""
+        tensors = {self.input, *(op.node for op in self.ops if op.shape is not None)}
+        return [node for node in self.alive(cut) if node in tensors]
+
+    def channel_dim(self, cut: int) -> int:
+        """Which dimension of the last tensor before a cut counts channels.
+
+        It is the one whose extent is the output width of the last layer before the cut; where that fits none or
+        several of them, dimension 1 of a map and the last one of a row of tokens.
+        """
+        shape = self._last_shape(cut)
+        layer = next((op for op in reversed(self.ops[:cut]) if op.weights), None)
+        widths = {weight.shape[0] for weight in layer.weights} if layer else set()
+        fitting = [dim for dim in range(1, len(shape)) if shape[dim] in widths]
+        return fitting[0] if len(fitting) == 1 else (len(shape) - 1 if len(shape) == 3 else 1)
+
+    def area(self, cut: int) -> int:
+        """Number of positions of the last tensor before a cut: H * W of a map, N of a row of tokens."""
+        shape = self._last_shape(cut)
+        return math.prod(shape[1:]) // shape[self.channel_dim(cut)]
+
+    def _last_shape(self, cut: int) -> tuple[int, ...]:
+        return next(op.shape for op in reversed(self.ops[:cut]) if op.shape is not None)
+
+
+class _UntraceableError(Exception):
+    """The forward of the module of this name cannot be traced."""
+
+
+class _Tracer(fx.Tracer):
+    """Traces a model down to its smallest modules, and notes the calls of the larger ones."""
+
+    def __init__(self, closed: Collection[str]) -> None:
+        super().__init__()
+        self.closed = closed
+        self.calls: dict[str, Call] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        childless = not any(True for _ in m.children())
+        return childless or module_qualified_name in self.closed or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        name = self.path_of_module(m)
+        times = self.num_calls.get(name, 0)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except _UntraceableError:
+            raise
+        except Exception as error:
+            raise _UntraceableError(name) from error
+        if not self.is_leaf_module(m, name):
+            as_nodes = [_nodes(value) for value in (args, kwargs, result)]
+            self.calls[f"{name}@{times}" if times else name] = Call(name, *as_nodes)
+        return result
+
+
+def _nodes(value: Any) -> Any:
+    """The value with graph nodes in the place of proxies."""
+    return fx.node.map_aggregate(value, lambda v: v.node if isinstance(v, fx.Proxy) else v)
+
+
+def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Call]]:
+    """Trace `model`; a module that cannot be traced stays one operation.
+
+    Raises:
+        ValueError: If forward wants several inputs, or if the forward of the model itself cannot be traced.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    fixed = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(needed) > 1:
+        raise ValueError(
+            f"{type(model).__name__}.forward takes several inputs {needed}: local training needs a network with one "
+            "input; wrap it in a module that makes the others itself"
+        )
+    closed: set[str] = set()
+    while True:
+        tracer = _Tracer(closed)
+        try:
+            return tracer.trace(model, concrete_args=fixed), tracer.calls
+        except _UntraceableError as error:
+            closed.add(str(error))
+        except (fx.proxy.TraceError, TypeError) as error:
+            raise ValueError(
+                f"{type(model).__name__}.forward cannot be traced ({error}): give the network as an nn.Sequential of "
+                "its blocks, or move the operation into a submodule of its own, which then stays in one block"
+            ) from error
+
+
+def _own_operations(graph: fx.Graph) -> dict[str, list[str]]:
+    """What each call of a module does itself, without the modules inside of it."""
+    own: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            args = fx.node.map_arg((node.args, node.kwargs), lambda _: "node")
+            own.setdefault(_last(node.meta.get("nn_module_stack", {})), []).append(f"{node.op} {node.target} {args}")
+    return own
+
+
+def _last(stack: Collection[str]) -> str:
+    return list(stack)[-1] if stack else ""
+
+
+class _ShapeReader(fx.Interpreter):
+    """Runs the graph and notes the shape of every tensor."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.current: fx.Node | None = None
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            if value.numel() == 0:
+                raise RuntimeError(f"empty map of shape {tuple(value.shape[1:])}")
+            self.shapes[n] = tuple(value.shape)
+        return value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module is in the mode it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _read_shapes(model: nn.Module, graph: fx.Graph, example: Tensor) -> dict[fx.Node, tuple[int, ...]]:
+    reader = _ShapeReader(model, graph)
+    try:
+        with evaluating(model):
+            reader.run(example)
+    except Exception as error:
+        assert reader.current is not None
+        where = (_path(reader.current) or (reader.current.name,))[-1]
+        raise ValueError(
+            f"an image of shape {tuple(example.shape[1:])} does not pass through {type(model).__name__}: {where!r} "
+            f"failed ({str(error).splitlines()[0]}); give images of another size, or a network made for this one"
+        ) from error
+    return reader.shapes
+
+
+def _default_example(model: nn.Module, graph: fx.Graph) -> Tensor:
+    """An image batch of one for a model whose input shape was not given: tried from the most usual size down."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
+    if isinstance(first, nn.Linear):
+        return torch.zeros(1, first.in_features, device=device)
+    channels = first.in_channels if first is not None else 3
+    problem: ValueError | None = None
+    for size in _SIZES_TO_TRY:
+        example = torch.zeros(1, channels, size, size, device=device)
+        try:
+            _read_shapes(model, graph, example)
+            return example
+        except ValueError as error:
+            problem = error
+    raise ValueError("give `example`, an input batch of the right shape") from problem
+
+
+def _path(node: fx.Node) -> tuple[str, ...]:
+    return tuple(name for name, _ in node.meta.get("nn_module_stack", {}).values())
+
+
+def _weights(model: nn.Module, node: fx.Node) -> tuple[tuple[Tensor, ...], bool]:
+    """The weight tensors (two dimensions or more) of an operation, and whether it has any state at all."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        has_state = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+        return tuple(p for p in module.parameters() if p.ndim >= 2), has_state
+    tensors = [_get_attribute(model, str(arg.target)) for arg in node.all_input_nodes if arg.op == "get_attr"]
+    name = str(getattr(node.target, "__name__", node.target)).strip("_")
+    if name in _ELEMENTWISE or not tensors:
+        return (), bool(tensors)
+    return tuple(t for t in tensors if isinstance(t, nn.Parameter) and t.ndim >= 2), True
+
+
+def _get_attribute(model: nn.Module, name: str) -> Any:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute)
+
+
+def read_features(model: nn.Module, example: Tensor | None = None) -> Features:
+    """Trace `model` and list the operations of its feature part.
+
+    Args:
+        model: The network; one tensor in, one tensor out.
+        example: An input batch, (B, C, H, W). None: a shape that fits the first layer is tried.
+
+    Returns:
+        The operations in order, without the classifier and without the pooling and flattening before it.
+
+    Raises:
+        ValueError: If the model cannot be traced, does not take the example, or has no layer with weights.
+    """
+    training = [module for module in model.modules() if module.training]
+    own = []
+    for mode in (True, False):
+        model.train(mode)
+        graph, calls = _trace(model)
+        own.append(_own_operations(graph))
+    for module in training:
+        module.training = True
+    two_faced = frozenset(call for call in {*own[0], *own[1]} if own[0].get(call) != own[1].get(call))
+    example = _default_example(model, graph) if example is None else example
+    shapes = _read_shapes(model, graph, example)
+    ops = []
+    for node in _flow(graph):
+        stack = node.meta.get("nn_module_stack", {})
+        weights, has_state = _weights(model, node)
+        ops.append(Op(node, tuple(stack), _path(node), shapes.get(node), weights, has_state))
+    if not any(op.weights for op in ops):
+        raise ValueError(f"{type(model).__name__} has no layer with weights: there is nothing to train")
+    end = _end_of_features(model, ops)
+    while ops[end - 1].shape is None:
+        end -= 1
+    used = _ancestors(ops[end - 1].node)
+    kept = tuple(op for op in ops[:end] if op.node in used or _has_side_effect(model, op.node))
+    images = next(node for node in graph.nodes if node.op == "placeholder")
+    return Features(model, kept, tuple(ops[end:]), calls, two_faced, images, example)
+
+
+def _flow(graph: fx.Graph) -> list[fx.Node]:
+    """The operations that depend on the input, in order."""
+    dependent: set[fx.Node] = set()
+    flow = []
+    for node in graph.nodes:
+        if node.op == "placeholder" and not dependent:
+            dependent.add(node)
+        elif node.op != "output" and any(arg in dependent for arg in node.all_input_nodes):
+            dependent.add(node)
+            flow.append(node)
+    return flow
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return found
+
+
+def _has_side_effect(model: nn.Module, node: fx.Node) -> bool:
+    """Whether the operation matters though nothing uses its result: an assertion, or a change in place."""
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False)) and not node.users
+    name = str(getattr(node.target, "__name__", node.target))
+    return not node.users and (name == "_assert" or (name.endswith("_") and not name.startswith("_")))
+
+
+def _end_of_features(model: nn.Module, ops: Sequence[Op]) -> int:
+    """Number of operations that belong to the feature part."""
+    end = _start_of_classifier(model, ops)
+    tail = end
+    while tail > 1 and not ops[tail - 1].has_state:
+        tail -= 1
+        before, after = ops[tail - 1].shape, ops[tail].shape
+        collapses = (
+            before is not None
+            and after is not None
+            and len(before) > 2
+            and _is_vector(after)
+            and not _is_vector(before)
+        )
+        if collapses or _is_adaptive_pool(model, ops[tail]):
+            end = tail
+    return end
+
+
+def _start_of_classifier(model: nn.Module, ops: Sequence[Op]) -> int:
+    """Where the classifier begins: the outermost module that holds the last linear layer, and linear layers only."""
+    layers = [i for i, op in enumerate(ops) if op.weights]
+    last = layers[-1]
+    output = ops[-1].shape
+    dense = all(w.ndim == 2 for w in ops[last].weights)
+    named = ops[last].path[:1] and ops[last].path[0] in ("classifier", "fc", "head", "heads")
+    activated = any(_is_activation(model, op) for op in ops[last + 1 :])
+    if output is None or len(output) != 2 or len(layers) == 1 or not (named or (dense and not activated)):
+        return len(ops)
+    for call in ops[last].calls:
+        inside = [i for i in layers if call in ops[i].calls]
+        only_dense = all(w.ndim == 2 for i in inside for w in ops[i].weights)
+        if inside[0] != layers[0] and (only_dense or named):
+            return next(i for i, op in enumerate(ops) if call in op.calls)
+    return last
+
+
+def _is_vector(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has no positions left: (B, C) or (B, C, 1, 1)."""
+    return len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))
+
+
+def _is_adaptive_pool(model: nn.Module, op: Op) -> bool:
+    if op.node.op == "call_module":
+        return isinstance(model.get_submodule(str(op.node.target)), nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d)
+    return str(getattr(op.node.target, "__name__", "")).startswith("adaptive_")
+
+
+def _is_activation(model: nn.Module, op: Op) -> bool:
+    if op.node.op == "call_module":
+        module = model.get_submodule(str(op.node.target))
+        return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(
+            module, nn.Softmax | nn.LogSoftmax
+        )
+    return str(getattr(op.node.target, "__name__", op.node.target)) in _ACTIVATIONS
