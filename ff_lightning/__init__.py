@@ -2,7 +2,24 @@
 
 __version__ = "0.1.0"
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ff_lightning.goodness import GoodnessHead
 from ff_lightning.network import LocalNet
 from ff_lightning.partition import partition
 
-__all__ = ["LocalNet", "partition"]
+if TYPE_CHECKING:
+    from ff_lightning import data
+    from ff_lightning.modules import SFF, Backprop, LocalLearner
+
+__all__ = ["SFF", "Backprop", "GoodnessHead", "LocalLearner", "LocalNet", "data", "partition"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs Lightning when it is asked for: plain PyTorch users do not wait for it."""
+    if name == "data":
+        return importlib.import_module("ff_lightning.data")
+    if name in ("SFF", "Backprop", "LocalLearner"):
+        return getattr(importlib.import_module("ff_lightning.modules"), name)
+    raise AttributeError(f"module 'ff_lightning' has no attribute {name!r}")

@@ -141,11 +141,12 @@ class LocalNet(nn.Module):
         for k, features in enumerate(self.local_features(x)):
             yield self.criterion(self.heads[k](features), y)
 
-    def loss(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
-        """The sum of the local losses, as one scalar for any ordinary training loop.
+    def delivered_losses(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """The local losses as one vector (L,) for any ordinary training loop.
 
         The local gradients are computed here, block after block, so that the graph of only one block is alive at any
-        time; ``backward()`` of the result delivers them to the parameters.
+        time. ``backward()`` of any scalar made of the vector hands them to the parameters, each times the gradient
+        that arrives at its loss.
 
         Args:
             x: Images, (B, C, H, W).
@@ -153,19 +154,22 @@ class LocalNet(nn.Module):
             scaler: The gradient scaler of the training loop, where it trains in float16: the local gradients are
                 then computed at its scale too, and do not underflow.
         """
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        if not torch.is_grad_enabled() or not parameters:
-            return torch.stack(list(self.local_losses(x, y))).sum()
+        if not torch.is_grad_enabled():
+            return torch.stack(list(self.local_losses(x, y)))
         scale = scaler.scale(torch.ones((), device=x.device)) if scaler else torch.ones((), device=x.device)
-        gradients: dict[Tensor, Tensor | None] = {}
-        total = torch.zeros((), device=x.device)
+        losses: list[Tensor] = []
+        parameters: list[list[nn.Parameter]] = []
+        gradients: list[Sequence[Tensor | None]] = []
         for k, loss in enumerate(self.local_losses(x, y)):
             own = self.block_parameters(k)
-            if own:
-                own_gradients = torch.autograd.grad(loss * scale, own, allow_unused=True)
-                gradients.update(zip(own, own_gradients, strict=True))
-            total += loss.detach()
-        return _Deliver.apply(total, scale, [gradients.get(p) for p in parameters], *parameters)
+            parameters.append(own)
+            gradients.append(torch.autograd.grad(loss * scale, own, allow_unused=True) if own else [])
+            losses.append(loss.detach())
+        return _Deliver.apply(torch.stack(losses), scale, gradients, *(p for own in parameters for p in own))
+
+    def loss(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """The sum of the local losses, as one scalar for any ordinary training loop; see `delivered_losses`."""
+        return self.delivered_losses(x, y, scaler).sum()
 
     def block_parameters(self, k: int) -> list[nn.Parameter]:
         """The trainable parameters of block k and its head."""
@@ -185,7 +189,11 @@ class LocalNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of the classes after the vote of the blocks: (B, C, H, W) -> (B, K); the highest one wins."""
-        return VOTES[self.vote](self.goodness(x))
+        return self.decide(self.goodness(x))
+
+    def decide(self, goodness: Tensor) -> Tensor:
+        """The vote of the blocks: goodness (L, B, K) -> scores (B, K)."""
+        return VOTES[self.vote](goodness)
 
 
 def check_classes(y: Tensor, num_classes: int) -> None:
@@ -217,19 +225,23 @@ def _detach(value: Any) -> Any:
 
 
 class _Deliver(torch.autograd.Function):
-    """A scalar whose backward hands out gradients that were computed before, times the gradient that arrives."""
+    """A vector whose backward hands out gradients that were computed before, times the gradient that arrives."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, scale: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, losses: Tensor, scale: Tensor, gradients: list[Sequence[Tensor | None]], *parameters: Tensor
+    ) -> Tensor:
         ctx.scale, ctx.gradients = scale, gradients
-        return total.clone()
+        return losses.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, arriving: Tensor) -> tuple[Any, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the local gradients of this loss were already delivered: compute the loss again")
-        present = [gradient for gradient in gradients if gradient is not None]
-        torch._foreach_mul_(present, arriving / ctx.scale)
-        return None, None, None, *gradients
+        for of_block, factor in zip(gradients, arriving / ctx.scale, strict=True):
+            present = [gradient for gradient in of_block if gradient is not None]
+            if present:
+                torch._foreach_mul_(present, factor)
+        return None, None, None, *(gradient for of_block in gradients for gradient in of_block)

@@ -1,0 +1,75 @@
+"""Handwritten digits, embedded in scikit-learn: nothing to download."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from ff_lightning.data.base import ImageData, Sample
+
+
+class Digits(ImageData):
+    """1,797 real scans of handwritten digits, 8x8 grey values: 20 % are the test set, stratified with a fixed seed.
+
+    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+
+    Args:
+        image_size: Pixels of a side, 8 or more; other than 8 they are resized.
+        kwargs: batch_size, val_fraction, seed, ...; see `ImageData`.
+
+    Raises:
+        ValueError: If `image_size` is below 8.
+
+    Example:
+        >>> data = Digits()
+        >>> data.num_classes, data.input_shape
+        (10, (1, 8, 8))
+    """
+
+    class_names = tuple("0123456789")
+    flips = False
+
+    def __init__(self, image_size: int = 8, batch_size: int = 64, num_workers: int | None = 0, **kwargs: Any) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, **kwargs)
+        if image_size < 8:
+            raise ValueError(f"image_size={image_size}: the scans have 8 pixels, give 8 or more")
+        self.input_shape = (1, image_size, image_size)
+        train = _images(train=True)
+        scale = train.images.float() / 255
+        self.statistics = ([scale.mean().item()], [scale.std().item()])
+
+    def read_train(self) -> Dataset[Sample]:
+        """80 % of the scans."""
+        return _images(train=True)
+
+    def read_test(self) -> Dataset[Sample]:
+        """20 % of the scans."""
+        return _images(train=False)
+
+    def train_transform(self) -> v2.Transform:
+        """The scans as they are: a shifted or mirrored digit of 8 pixels is another sign."""
+        return self.eval_transform()
+
+
+class _Scans(Dataset[Sample]):
+    def __init__(self, images: Tensor, targets: Tensor) -> None:
+        self.images, self.targets = images, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.images[index], int(self.targets[index])
+
+
+def _images(train: bool) -> _Scans:
+    """The scans as uint8 (N, 1, 8, 8); the split never changes."""
+    scans, targets = load_digits(return_X_y=True)
+    chosen = train_test_split(np.arange(len(targets)), test_size=0.2, stratify=targets, random_state=0)[not train]
+    images = torch.from_numpy(scans[chosen].reshape(-1, 1, 8, 8) / 16 * 255).round().to(torch.uint8)
+    return _Scans(images, torch.from_numpy(targets[chosen]))

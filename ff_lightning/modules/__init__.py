@@ -1,0 +1,7 @@
+"""LightningModules: the training loop, and one file for each method."""
+
+from ff_lightning.modules.backprop import Backprop
+from ff_lightning.modules.base import LocalLearner
+from ff_lightning.modules.sff import SFF
+
+__all__ = ["SFF", "Backprop", "LocalLearner"]

@@ -1,0 +1,42 @@
+"""Optimizers and schedulers as arguments: from Python, from YAML and from a checkpoint.
+
+A checkpoint is read without running any code, so what is stored is always ``{class_path, init_args}``.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Spec = Mapping[str, Any]
+
+
+def to_factory(argument: str, value: Any) -> Callable[..., Any]:
+    """The function that a class, a partial, a function or ``{class_path, init_args}`` stands for.
+
+    Raises:
+        ValueError: If the value is none of these, or the class path leads nowhere.
+    """
+    if isinstance(value, Mapping) and "class_path" in value:
+        module, _, name = str(value["class_path"]).rpartition(".")
+        try:
+            made = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{argument}: class_path={value['class_path']!r} cannot be imported: {error}") from error
+        return functools.partial(made, **dict(value.get("init_args") or {}))
+    if callable(value):
+        return value
+    raise ValueError(f"{argument}={value!r}: give a class, a functools.partial of it, or {{class_path, init_args}}")
+
+
+def to_spec(value: Any) -> Any:
+    """``{class_path, init_args}`` of a class or a partial of a class; None of any other function; else the value."""
+    if isinstance(value, functools.partial) and not value.args and isinstance(value.func, type):
+        return {"class_path": _path(value.func), "init_args": dict(value.keywords)}
+    if isinstance(value, type):
+        return {"class_path": _path(value), "init_args": {}}
+    return None if callable(value) else value
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

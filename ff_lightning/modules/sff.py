@@ -1,0 +1,65 @@
+"""Scalable Forward-Forward."""
+
+from typing import Any, Literal
+
+from torch import nn
+
+from ff_lightning.backbones import Stem
+from ff_lightning.goodness import HeadFactory
+from ff_lightning.losses import LogSumExpLoss
+from ff_lightning.modules.base import LocalLearner
+from ff_lightning.modules.factories import to_factory
+from ff_lightning.network import LocalNet, Norm
+from ff_lightning.partition import Granularity
+
+
+class SFF(LocalLearner):
+    """Scalable Forward-Forward: each block is trained by the log-sum-exp loss on its own class goodness.
+
+    Source: Krutsylo, Scalable Forward-Forward, arXiv 2501.03176. Optimizer, schedule, temperature, depth of the head
+    and axes of the norm are not given there: they are our choice.
+
+    Args:
+        backbone: ``"cnn"``, the name of a torchvision model, or any network as an `nn.Module`.
+        num_classes: K. The command line takes it from the data.
+        input_shape: (C, H, W) of an image; None: (3, 32, 32). The command line takes it from the data.
+        stem: ``"small"`` swaps a strided stem and its max-pooling for a 3x3 convolution: for images of 32 pixels.
+        granularity: The units of training: ``"layer"``, ``"block"``, ``"stage"``, or names of modules to cut after.
+        head: ``"deep"``, ``"paper"``, or a class such as `GoodnessHead` called with (channels, classes).
+        norm: Normalisation between the blocks: ``"layer"``, ``"channel"``, ``"length"`` or ``"none"``.
+        vote: How the blocks decide: ``"mean"``, ``"last"`` or ``"log_softmax"``.
+        label_smoothing: Share of the target that is spread evenly over all classes.
+        kwargs: How it is trained: optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
+
+    Example:
+        >>> model = SFF(backbone="resnet18", num_classes=10, stem="small", granularity="layer")
+        >>> len(model.net.blocks)
+        20
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "cnn",
+        num_classes: int | None = None,
+        input_shape: tuple[int, int, int] | None = None,
+        stem: Stem = "standard",
+        granularity: Granularity = "block",
+        head: Literal["deep", "paper"] | HeadFactory = "deep",
+        norm: Norm = "layer",
+        vote: Literal["mean", "last", "log_softmax"] = "mean",
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
+        self.set_network(
+            LocalNet(
+                self.build_backbone(backbone, stem),
+                self.num_classes,
+                granularity,
+                head if isinstance(head, str) else to_factory("head", head),
+                norm,
+                vote,
+                self.input_shape,
+                LogSumExpLoss(label_smoothing),
+            )
+        )
