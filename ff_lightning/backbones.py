@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 from torchvision import models
 
-from ff_lightning.partition.cuts import unknown
+from ff_lightning.suggest import unknown
 
 Stem = Literal["standard", "small"]
 

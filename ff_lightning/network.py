@@ -16,7 +16,7 @@ from ff_lightning.goodness import HEADS, HeadFactory
 from ff_lightning.inference import VOTES
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.partition import Block, Granularity, State, partition
-from ff_lightning.partition.cuts import unknown
+from ff_lightning.suggest import unknown
 
 Norm = Literal["layer", "channel", "length", "none"]
 
@@ -71,9 +71,9 @@ class LocalNet(nn.Module):
         if num_classes < 2:
             raise ValueError(f"num_classes={num_classes}: must be at least 2")
         if norm not in get_args(Norm):
-            raise ValueError(unknown("norm", norm, get_args(Norm), f"one of {list(get_args(Norm))}"))
+            raise ValueError(unknown("norm", norm, get_args(Norm)))
         if vote not in VOTES:
-            raise ValueError(unknown("vote", vote, VOTES, f"one of {list(VOTES)}"))
+            raise ValueError(unknown("vote", vote, VOTES))
         if isinstance(head, str) and head not in HEADS:
             raise ValueError(unknown("head", head, HEADS, f"one of {list(HEADS)} or a function (channels, classes)"))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -21,7 +21,18 @@ class CIFAR10(ImageData):
     """
 
     reader: type[datasets.CIFAR10] = datasets.CIFAR10
-    class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    class_names: tuple[str, ...] = (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
     statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
     def __init__(self, root: str = "data", download: bool = True, image_size: int = 32, **kwargs: Any) -> None:
@@ -56,106 +67,16 @@ class CIFAR100(CIFAR10):
     """
 
     reader = datasets.CIFAR100
-    class_names = [
-        "apple",
-        "aquarium_fish",
-        "baby",
-        "bear",
-        "beaver",
-        "bed",
-        "bee",
-        "beetle",
-        "bicycle",
-        "bottle",
-        "bowl",
-        "boy",
-        "bridge",
-        "bus",
-        "butterfly",
-        "camel",
-        "can",
-        "castle",
-        "caterpillar",
-        "cattle",
-        "chair",
-        "chimpanzee",
-        "clock",
-        "cloud",
-        "cockroach",
-        "couch",
-        "crab",
-        "crocodile",
-        "cup",
-        "dinosaur",
-        "dolphin",
-        "elephant",
-        "flatfish",
-        "forest",
-        "fox",
-        "girl",
-        "hamster",
-        "house",
-        "kangaroo",
-        "keyboard",
-        "lamp",
-        "lawn_mower",
-        "leopard",
-        "lion",
-        "lizard",
-        "lobster",
-        "man",
-        "maple_tree",
-        "motorcycle",
-        "mountain",
-        "mouse",
-        "mushroom",
-        "oak_tree",
-        "orange",
-        "orchid",
-        "otter",
-        "palm_tree",
-        "pear",
-        "pickup_truck",
-        "pine_tree",
-        "plain",
-        "plate",
-        "poppy",
-        "porcupine",
-        "possum",
-        "rabbit",
-        "raccoon",
-        "ray",
-        "road",
-        "rocket",
-        "rose",
-        "sea",
-        "seal",
-        "shark",
-        "shrew",
-        "skunk",
-        "skyscraper",
-        "snail",
-        "snake",
-        "spider",
-        "squirrel",
-        "streetcar",
-        "sunflower",
-        "sweet_pepper",
-        "table",
-        "tank",
-        "telephone",
-        "television",
-        "tiger",
-        "tractor",
-        "train",
-        "trout",
-        "tulip",
-        "turtle",
-        "wardrobe",
-        "whale",
-        "willow_tree",
-        "wolf",
-        "woman",
-        "worm",
-    ]
+    class_names = tuple(
+        (  # noqa: SIM905
+            "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly "
+            "camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup "
+            "dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower "
+            "leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange "
+            "orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit "
+            "raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel "
+            "streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip "
+            "turtle wardrobe whale willow_tree wolf woman worm"
+        ).split()
+    )
     statistics = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))

@@ -18,8 +18,8 @@ class ImageFolder(ImageData):
     """Images in ``root/{train,val,test}/<class>/*``; ``val`` and ``test`` may be missing.
 
     Without ``val``, validation images are cut from ``train``. With ``val`` but without ``test``, ``val`` is the test
-    set and validation images are cut from ``train``, so that nothing is chosen on the test set. Pixels are normalised by
-    the statistics of ImageNet.
+    set and validation images are cut from ``train``, so that nothing is chosen on the test set. Pixels are normalised
+    by the statistics of ImageNet.
 
     Args:
         root: Folder with the folder ``train``.

@@ -28,7 +28,7 @@ from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.modules.factories import to_factory, to_spec
 from ff_lightning.modules.metrics import BlockLosses, BlockScores
 from ff_lightning.network import check_classes
-from ff_lightning.partition.cuts import unknown
+from ff_lightning.suggest import unknown
 
 Schedule = Literal["onecycle", "cosine", "constant"]
 _NOT_PLAIN = ("backbone", "head", "optimizer", "lr_scheduler")
@@ -391,7 +391,7 @@ class LocalLearner(LightningModule):
             )
 
     def _keep_plain_hparams(self) -> None:
-        """Keep the arguments as names, numbers and {class_path, init_args}, which a checkpoint holds without any code."""
+        """Keep the arguments as names, numbers and {class_path, init_args}: a checkpoint holds no code."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
             self.save_hyperparameters()

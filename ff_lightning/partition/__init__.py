@@ -12,9 +12,9 @@ from ff_lightning.partition.cuts import (
     layer_cuts,
     named_cuts,
     stage_cuts,
-    unknown,
 )
 from ff_lightning.partition.graph import read_features
+from ff_lightning.suggest import unknown
 
 __all__ = ["Block", "Granularity", "State", "partition"]
 

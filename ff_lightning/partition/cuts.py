@@ -7,13 +7,13 @@ tensors cross (a norm behind a shortcut goes with what follows), of these as lat
 pooling stays with the layer before it).
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from torch import nn
 
 from ff_lightning.partition.graph import Features, Op
+from ff_lightning.suggest import unknown
 
 Span = tuple[int, int]  # operations start ... end - 1
 
@@ -63,13 +63,6 @@ def named_cuts(features: Features, names: Sequence[str]) -> list[int]:
             where = f"before the cut after {name!r}" if end != len(features.ops) else f"after {names[-1]!r}"
             raise ValueError(f"granularity={list(names)}: the unit {where} is empty, it has no layer with weights")
     return cuts
-
-
-def unknown(argument: str, value: object, known: Iterable[str], allowed: str) -> str:
-    """Message for a name that is not known: what is allowed, and the names that look like it."""
-    close = difflib.get_close_matches(str(value), list(known), n=3)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"{argument}={value!r} is not known: give {allowed}{hint}"
 
 
 def keep_shared_together(features: Features, cuts: Iterable[int]) -> list[int]:

@@ -1,0 +1,124 @@
+"""The command ff-lightning: LightningCLI over the models and data modules of this package."""
+
+import inspect
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from ff_lightning import __version__, data, modules
+from ff_lightning.callbacks import BlockTable
+from ff_lightning.modules import LocalLearner
+from ff_lightning.suggest import closest
+
+_FROM_DATA = ("num_classes", "input_shape")
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong, and which name may have been meant, without pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        classes = [*modules.__all__, *data.__all__]
+        for name, option in re.findall(r"dot import path string: (\S+)|Option '(\S+)' is not accepted", message):
+            message += closest(name, classes) if name else closest(option, _argument_names(classes))
+        program = self.prog.replace(" [options]", "")
+        sys.stderr.write(f"error: {message}\nTry '{program} --help' or '{program} --model.help CLASS'\n")
+        raise SystemExit(2)
+
+
+class CLI(LightningCLI):
+    """Models and data by their class names; what the model must know of the data is taken from it."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Defaults, the best checkpoint, and the links from data to model."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/acc",
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "epoch{epoch:03d}-acc{val/acc:.4f}",
+                "checkpoint.auto_insert_metric_name": False,
+                "model": {"class_path": "ff_lightning.SFF"},
+                "data": {"class_path": "ff_lightning.data.Digits"},
+            }
+        )
+        for name in _FROM_DATA:
+            parser.link_arguments("data", f"model.init_args.{name}", self._from_data(name), apply_on="instantiate")
+
+    def _from_data(self, name: str) -> Callable[[LightningDataModule], Any]:
+        """What the model gets: the user's own value, or else the one of the data. The model compares them in setup."""
+
+        def value(data: LightningDataModule) -> Any:
+            given = self.config[self.subcommand].model.init_args.get(name)
+            return getattr(data, name, None) if given is None else given
+
+        return value
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Leave the table of results to `BlockTable`."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        for subcommand in ("validate", "test"):
+            self._subcommand_parsers[subcommand].set_defaults({"verbose": False})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; what a checkpoint says of its model takes the place of defaults, not of the user's own arguments."""
+        super().parse_arguments(parser, args)
+        subcommand = self.config.subcommand
+        path = self.config[subcommand].get("ckpt_path")
+        if not path or not Path(path).is_file():
+            return
+        stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+        if "_class_path" in stored:
+            arguments = {key: value for key, value in stored.items() if not key.startswith("_")}
+            model = {"class_path": stored["_class_path"], "init_args": arguments}
+            self._subcommand_parsers[subcommand].set_defaults({"model": model})
+            super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: `parse_arguments` has done it, without overruling the command line."""
+
+    def before_fit(self) -> None:
+        """Follow the learning rates, where there is a logger for them."""
+        if self.trainer.loggers:
+            cast(Any, self.trainer).callbacks.append(LearningRateMonitor(logging_interval="step"))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a subcommand: fit, validate, test or predict.
+
+    Args:
+        args: What follows ``ff-lightning`` on the command line. None: the command line of the process.
+    """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
+    CLI(
+        LocalLearner,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        trainer_defaults={"callbacks": [BlockTable()]},
+        save_config_kwargs={"overwrite": True},
+        parser_class=_Parser,
+        parser_kwargs={"version": __version__},
+        args=None if args is None else list(args),
+    )
+
+
+def _argument_names(classes: list[str]) -> set[str]:
+    """Names of all arguments of these classes."""
+    found = [getattr(modules, name, None) or getattr(data, name) for name in classes]
+    bases = {base for cls in found for base in cls.__mro__ if base.__module__.startswith("ff_lightning")}
+    return {name for base in bases for name in inspect.signature(base).parameters}

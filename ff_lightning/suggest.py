@@ -1,0 +1,26 @@
+"""Error messages for names that are not known."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def closest(value: object, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"``, or nothing where no known name is close.
+
+    Example:
+        >>> closest("resnet81", ["resnet18", "vgg16"])
+        "; did you mean 'resnet18'?"
+    """
+    close = difflib.get_close_matches(str(value), list(known), n=3)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def unknown(argument: str, value: object, known: Iterable[str], allowed: str | None = None) -> str:
+    """Message for a value that is not known: what is allowed, and the names that look like it.
+
+    Example:
+        >>> unknown("norm", "layr", ["layer", "none"])
+        "norm='layr' is not known: give one of ['layer', 'none']; did you mean 'layer'?"
+    """
+    known = list(known)
+    return f"{argument}={value!r} is not known: give {allowed or f'one of {known}'}{closest(value, known)}"
