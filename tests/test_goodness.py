@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from ff_lightning.goodness import GoodnessHead, class_goodness
+from ff_lightning.inference import last_vote, log_softmax_vote, mean_vote
+from ff_lightning.losses import LogSumExpLoss, logsumexp_loss
+
+
+def naive_goodness(h, weight, bias):
+    """Goodness by its definition: one class, one position at a time."""
+    kernel = weight.shape[-1]
+    padded = torch.nn.functional.pad(h, [kernel // 2] * 4)
+    goodness = torch.zeros(len(h), len(weight), dtype=h.dtype)
+    height, width = h.shape[2:]
+    for b in range(len(h)):
+        for k in range(len(weight)):
+            for i in range(height):
+                for j in range(width):
+                    z = (padded[b, :, i : i + kernel, j : j + kernel] * weight[k]).sum() + bias[k]
+                    goodness[b, k] += z**2 / (height * width)
+    return goodness
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_goodness_equals_its_definition(kernel):
+    h, weight, bias = torch.randn(2, 3, 4, 6), torch.randn(4, 3, kernel, kernel), torch.randn(4)
+    torch.testing.assert_close(class_goodness(h, weight, bias), naive_goodness(h, weight, bias))
+
+
+def test_temperature_divides_the_goodness():
+    cold, warm = (GoodnessHead(3, 4, temperature=t, depth=0) for t in (0.5, 2.0))
+    warm.classes.load_state_dict(cold.classes.state_dict())
+    h = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(cold(h), 4 * warm(h))
+    torch.testing.assert_close(2 * warm(h), class_goodness(h, warm.classes.weight, warm.classes.bias))
+
+
+def test_learned_temperature_is_a_parameter_and_gets_a_gradient():
+    head = GoodnessHead(3, 4, learn_temperature=True)
+    head(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert head.log_temperature.grad != 0
+    assert "log_temperature" not in dict(GoodnessHead(3, 4).named_parameters())
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_head_takes_maps_of_any_size(size, depth):
+    assert GoodnessHead(3, 4, depth=depth, width=5)(torch.randn(2, 3, size, size)).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"kernel_size": 2}, "kernel_size=2"), ({"temperature": 0}, "temperature=0"), ({"depth": -1}, "depth=-1")],
+)
+def test_head_refuses_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GoodnessHead(3, 4, **arguments)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_equals_its_formula(smoothing):
+    g, y = torch.randn(5, 4).double(), torch.tensor([0, 3, 2, 2, 1])
+    true = g[torch.arange(5), y]
+    positive = (1 - smoothing) * true + smoothing * g.mean(1)
+    expected = -(positive - g.exp().sum(1).log()).mean()
+    torch.testing.assert_close(LogSumExpLoss(smoothing)(g, y), expected.float())
+
+
+def test_loss_stays_finite_for_large_goodness():
+    g = torch.tensor([[1e4, 0.0], [0.0, 1e4]], requires_grad=True)
+    loss = logsumexp_loss(g, torch.tensor([1, 1]))
+    loss.backward()
+    assert loss.isfinite()
+    assert g.grad.isfinite().all()
+
+
+def test_label_smoothing_out_of_range():
+    with pytest.raises(ValueError, match=r"label_smoothing=1.5"):
+        LogSumExpLoss(1.5)
+
+
+def test_votes():
+    g = torch.randn(3, 2, 4)
+    torch.testing.assert_close(mean_vote(g), (g[0] + g[1] + g[2]) / 3)
+    assert torch.equal(last_vote(g), g[2])
+    probabilities = g.softmax(-1)
+    torch.testing.assert_close(log_softmax_vote(g), probabilities.prod(0).log() / 3)

@@ -1,0 +1,334 @@
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ff_lightning import SFF, Backprop, data
+from ff_lightning.goodness import GoodnessHead
+from tests.conftest import small_net
+
+METHODS = [SFF, Backprop]
+SHAPE = {"num_classes": 10, "input_shape": (1, 8, 8)}
+
+
+def make(method=SFF, norm=True, **arguments):
+    torch.manual_seed(0)
+    return method(backbone=small_net(norm=norm), **{**SHAPE, **arguments})
+
+
+def plain_head(channels, classes):
+    """A head without batch norm: its loss is a mean over samples that do not see each other."""
+    return GoodnessHead(channels, classes, depth=0)
+
+
+def weights(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_same(one, two, exact=True):
+    assert one.keys() == two.keys()
+    for key in one:
+        if exact:
+            assert torch.equal(one[key], two[key]), key
+        else:
+            torch.testing.assert_close(one[key], two[key], msg=key)
+
+
+@pytest.mark.parametrize("optimization", ["manual", "automatic"])
+@pytest.mark.parametrize("method", METHODS)
+class TestEveryMethod:
+    def test_fit_validate_test_predict(self, method, optimization, make_trainer, digits):
+        model, trainer = make(method, optimization=optimization), make_trainer()
+        before = weights(model)
+        trainer.fit(model, digits)
+        assert trainer.global_step == 6
+        assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        blocks = len(model.net.blocks)
+        for stage, run in (("val", trainer.validate), ("test", trainer.test)):
+            logged = run(model, digits, verbose=False)[0]
+            assert {f"{stage}/block{k:02d}_acc" for k in range(blocks)} | {f"{stage}/acc", f"{stage}/loss"} == set(logged)
+        scores = torch.cat(trainer.predict(model, digits))
+        assert scores.shape == (32, 10)
+
+    def test_reload_predicts_the_same(self, method, optimization, make_trainer, digits, tmp_path):
+        model, trainer = make(method, optimization=optimization, lr=0.01), make_trainer()
+        trainer.fit(model, digits)
+        trainer.save_checkpoint(tmp_path / "model.ckpt")
+        again = method.load_from_checkpoint(tmp_path / "model.ckpt", backbone=small_net(), weights_only=True)
+        x = torch.randn(4, 1, 8, 8)
+        assert torch.equal(model.eval()(x), again.eval()(x))
+        assert (again.hparams.lr, again.hparams.optimization) == (0.01, optimization)
+
+    def test_resume_ends_in_the_weights_of_the_run_that_was_not_interrupted(
+        self, method, optimization, make_trainer, digits, tmp_path
+    ):
+        class Interrupted(Exception):
+            pass
+
+        class Stop(ModelCheckpoint):
+            def on_train_epoch_start(self, trainer, model):
+                if trainer.current_epoch == 2:
+                    raise Interrupted
+
+        whole = make(method, optimization=optimization)
+        make_trainer(max_epochs=4).fit(whole, digits)
+        part = make(method, optimization=optimization)
+        stop = Stop(tmp_path, save_last=True)
+        with pytest.raises(Interrupted):
+            make_trainer(max_epochs=4, enable_checkpointing=True, callbacks=[stop]).fit(part, data.Digits(batch_size=16))
+        resumed = make(method, optimization=optimization)
+        trainer = make_trainer(max_epochs=4)
+        trainer.fit(resumed, data.Digits(batch_size=16), ckpt_path=tmp_path / "last.ckpt")
+        assert trainer.global_step == 12
+        assert_same(weights(whole), weights(resumed))
+
+    def test_same_seed_same_weights(self, method, optimization, make_trainer, digits):
+        runs = [make(method, optimization=optimization) for _ in range(2)]
+        for model in runs:
+            make_trainer().fit(model, digits)
+        assert_same(*map(weights, runs))
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_manual_and_automatic_end_in_the_same_weights(granularity, schedule, make_trainer, digits):
+    runs = []
+    for optimization in ("manual", "automatic"):
+        model = make(granularity=granularity, optimization=optimization, lr_scheduler=schedule, clip_norm=0.5)
+        make_trainer(max_epochs=3).fit(model, digits)
+        runs.append(weights(model))
+    assert_same(*runs)
+
+
+def test_backprop_equals_a_plain_training_loop(make_trainer):
+    torch.manual_seed(1)
+    x, y = torch.randn(24, 1, 8, 8), torch.arange(24) % 10
+    model = make(Backprop, lr_scheduler="constant", lr=0.01)
+    plain = copy.deepcopy(model.net.model)
+    make_trainer(max_epochs=2).fit(model, DataLoader(TensorDataset(x, y), batch_size=8))
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    for _ in range(2):
+        for i in range(0, 24, 8):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(plain(x[i : i + 8]), y[i : i + 8]).backward()
+            optimizer.step()
+    assert_same(plain.state_dict(), model.net.model.state_dict())
+
+
+def test_accumulated_batches_equal_one_large_batch(make_trainer):
+    torch.manual_seed(1)
+    images = TensorDataset(torch.randn(24, 1, 8, 8), torch.arange(24) % 10)
+    runs = []
+    for batch_size, accumulate in ((8, 1), (4, 2)):
+        model = make(norm=False, head=plain_head, accumulate=accumulate, optimizer=torch.optim.SGD, lr=0.1)
+        trainer = make_trainer(limit_train_batches=1.0)
+        trainer.fit(model, DataLoader(images, batch_size=batch_size))
+        assert trainer.global_step == 6
+        runs.append(weights(model))
+    assert_same(*runs, exact=False)
+
+
+def test_the_last_window_of_an_epoch_is_stepped(make_trainer, digits):
+    model = make(accumulate=2)
+    trainer = make_trainer(max_epochs=2, limit_train_batches=5)
+    trainer.fit(model, digits)
+    assert trainer.global_step == 6  # 2 + 2 + 1 batches, twice: and the one-cycle schedule is just as long
+
+
+def test_clip_norm_bounds_the_gradient_of_each_block(make_trainer, digits):
+    class Watching(SFF):
+        norms: list[float]
+
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
+            grads = [p.grad.flatten() for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+            self.norms.append(torch.cat(grads).norm().item())
+
+    seen = {}
+    for clip in (None, 0.1):
+        model = make(Watching, clip_norm=clip)
+        model.norms = seen[clip] = []
+        make_trainer(max_epochs=1).fit(model, digits)
+        assert len(model.norms) == 9  # 3 blocks, 3 batches
+    assert max(seen[0.1]) <= 0.1 + 1e-6
+    assert min(seen[None]) > 0.1
+
+
+def test_every_block_has_its_optimizer_and_its_learning_rate(make_trainer, digits, tmp_path):
+    model = make(optimizer=torch.optim.SGD, lr=0.1)
+    trainer = make_trainer()
+    trainer.fit(model, digits)
+    assert [group["name"] for o in trainer.optimizers for group in o.param_groups] == ["block00", "block01", "block02"]
+    held = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.net.parameters()}
+    assert all(isinstance(optimizer, torch.optim.SGD) for optimizer in trainer.optimizers)
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("optimization", ["manual", "automatic"])
+def test_a_scheduler_given_as_a_class_counts_steps_or_epochs(optimization, interval, make_trainer, digits):
+    schedule = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1, "gamma": 0.5}}
+    model = make(lr=1.0, lr_scheduler=schedule, lr_interval=interval, optimization=optimization)
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(model, digits)
+    rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
+    assert rates == {0.5**6 if interval == "step" else 0.5**2}
+
+
+def test_train_losses_are_logged_per_block(make_trainer, digits):
+    model = make()
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(model, digits)
+    logged = trainer.callback_metrics
+    losses = [logged[f"train/block{k:02d}_loss"] for k in range(3)]
+    torch.testing.assert_close(logged["train/loss"], torch.stack(losses).mean())
+
+
+def test_losses_are_the_mean_since_the_last_report(make_trainer, digits):
+    class Keeping(SFF):
+        def _report(self, losses):
+            self.kept.append(losses)
+            super()._report(losses)
+
+    model = make(Keeping)
+    model.kept = []
+    trainer = make_trainer(max_epochs=1, limit_train_batches=7, log_every_n_steps=4)
+    trainer.fit(model, digits)
+    torch.testing.assert_close(trainer.callback_metrics["train/loss"], torch.stack(model.kept[4:]).mean())
+
+
+def test_accuracy_counts_every_sample_once(make_trainer):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x[:, 0, 0, :10]
+
+    torch.manual_seed(1)
+    x, y = torch.randn(25, 1, 1, 10), torch.arange(25) % 10
+    model = Backprop(backbone=Fixed(), num_classes=10, input_shape=(1, 1, 10))
+    result = make_trainer(limit_test_batches=1.0).test(model, DataLoader(TensorDataset(x, y), batch_size=8), verbose=False)
+    expected = (x[:, 0, 0].argmax(1) == y).float().mean().item()
+    assert result[0]["test/acc"] == pytest.approx(expected)
+    assert result[0]["test/loss"] == pytest.approx(nn.functional.cross_entropy(x[:, 0, 0], y).item(), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_names_the_block_and_keeps_the_checkpoint(make_trainer, digits, tmp_path):
+    class Breaking(SFF):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_step == 4:
+                with torch.no_grad():
+                    self.net.heads[1].classes.weight.fill_(torch.inf)
+
+    model = make(Breaking)
+    trainer = make_trainer(enable_checkpointing=True, callbacks=[ModelCheckpoint(tmp_path, save_last=True)])
+    with pytest.raises(FloatingPointError, match=r"block 1 \(2\) became (nan|inf) in epoch 1"):
+        trainer.fit(model, digits)
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 3
+    assert all(value.isfinite().all() for value in kept["state_dict"].values())
+
+
+def test_a_loss_that_is_not_finite_is_noticed_before_validation(make_trainer, digits):
+    model = make()
+    nn.init.constant_(model.net.heads[0].classes.weight, torch.nan)
+    with pytest.raises(FloatingPointError, match=r"block 0 \(0\)"):
+        make_trainer(log_every_n_steps=1000, num_sanity_val_steps=0).fit(model, digits)
+
+
+def test_hyperparameters_are_plain(make_trainer, digits, tmp_path):
+    from functools import partial
+
+    model = make(optimizer=partial(torch.optim.SGD, momentum=0.9), head=partial(GoodnessHead, depth=2), lr=0.1)
+    assert model.hparams.optimizer == {"class_path": "torch.optim.sgd.SGD", "init_args": {"momentum": 0.9}}
+    assert model.hparams.head == {"class_path": "ff_lightning.goodness.GoodnessHead", "init_args": {"depth": 2}}
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(model, digits)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    again = SFF.load_from_checkpoint(tmp_path / "model.ckpt", backbone=small_net(), weights_only=True)
+    assert_same(weights(model), weights(again))
+    assert again.make_optimizer([torch.zeros(1, requires_grad=True)], lr=1).defaults["momentum"] == 0.9
+
+
+def test_a_function_that_a_checkpoint_cannot_hold_is_said():
+    with pytest.warns(UserWarning, match="head is a function and is not stored in checkpoints"):
+        model = make(head=plain_head)
+    assert "head" not in model.hparams
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(make_trainer, digits, tmp_path):
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(SFF(**SHAPE), digits)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    other = SFF(**SHAPE, granularity="stage")
+    with pytest.raises(ValueError, match=r"another architecture.*'granularity': \"'stage' here, 'block' there\""):
+        make_trainer(max_epochs=1).fit(other, digits, ckpt_path=tmp_path / "model.ckpt")
+
+
+def test_data_and_model_must_agree(make_trainer, digits):
+    with pytest.raises(ValueError, match="num_classes=7 of the model, but Digits has 10"):
+        make_trainer().fit(SFF(num_classes=7, input_shape=(1, 8, 8)), digits)
+    with pytest.raises(ValueError, match=r"input_shape=\(3, 8, 8\) of the model, but Digits has images of shape \(1,"):
+        make_trainer().fit(SFF(num_classes=10, input_shape=(3, 8, 8)), digits)
+
+
+def test_all_frozen(make_trainer, digits):
+    model = make()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        make_trainer().fit(model, digits)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"gradient_clip_val": 0.5}, "give the model clip_norm=0.5, or optimization='automatic'"),
+        ({"accumulate_grad_batches": 4}, "give the model accumulate=4, or optimization='automatic'"),
+    ],
+)
+def test_a_trainer_flag_that_manual_optimization_refuses_names_its_replacement(flags, message, make_trainer, digits):
+    with pytest.raises(Exception, match=message):
+        make_trainer(**flags).fit(make(), digits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": None}, "num_classes is missing"),
+        ({"backbone": "resnet81"}, "backbone='resnet81' is not known.*did you mean 'resnet18'"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr_scheduler": "cosin"}, "lr_scheduler='cosin'.*did you mean 'cosine'"),
+        ({"optimization": "auto"}, "optimization='auto'"),
+        ({"clip_norm": 0}, "clip_norm=0"),
+        ({"accumulate": 0}, "accumulate=0"),
+        ({"accumulate": 2, "optimization": "automatic"}, r"Trainer\(accumulate_grad_batches=2\)"),
+        ({"optimizer": "Adam"}, "optimizer='Adam'"),
+        ({"optimizer": {"class_path": "torch.optim.Adm"}}, r"class_path='torch.optim.Adm' cannot be imported"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SFF(**{**SHAPE, **arguments})
+
+
+def test_a_schedule_needs_the_length_of_the_run(make_trainer, digits):
+    with pytest.raises(ValueError, match="set max_epochs or max_steps"):
+        make_trainer(max_epochs=-1).fit(make(), digits)
+
+
+def test_small_stem_keeps_the_resolution():
+    standard, small = (SFF(backbone="resnet18", num_classes=10, stem=stem) for stem in ("standard", "small"))
+    assert standard.net.blocks[0].map_shape == (64, 8, 8)
+    assert small.net.blocks[0].map_shape == (64, 32, 32)
+    with pytest.warns(UserWarning, match="stem='small' has no effect"):
+        SFF(**SHAPE, stem="small")
+
+
+def test_learning_rates_are_monitored(make_trainer, digits, tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(tmp_path)
+    make_trainer(logger=logger, callbacks=[LearningRateMonitor()], max_epochs=1).fit(make(), digits)
+    header = next(open(f"{logger.log_dir}/metrics.csv")).strip().split(",")
+    assert sum(name.startswith("lr-") for name in header) == 3

@@ -1,0 +1,242 @@
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from ff_lightning import LocalNet
+from ff_lightning.goodness import GoodnessHead
+from tests.conftest import Residual, small_net
+
+X, Y = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 5])
+
+
+def make(granularity="block", **arguments):
+    torch.manual_seed(0)
+    return LocalNet(small_net(), 10, granularity, input_shape=(1, 8, 8), **arguments)
+
+
+def gradients(net):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+
+
+def assert_same(one, two, exact=True):
+    assert one.keys() == two.keys()
+    for key in one:
+        if one[key] is None or two[key] is None:
+            assert one[key] is two[key], key
+        elif exact:
+            assert torch.equal(one[key], two[key]), key
+        else:
+            torch.testing.assert_close(one[key], two[key], msg=key)
+
+
+@pytest.mark.parametrize("norm", ["layer", "channel", "length", "none"])
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_no_gradient_crosses_a_border(granularity, norm):
+    net = make(granularity, norm=norm)
+    for k, loss in enumerate(net.local_losses(X, Y)):
+        net.zero_grad()
+        loss.backward()
+        own = {id(p) for p in net.block_parameters(k)}
+        assert all((p.grad is not None) == (id(p) in own) for p in net.parameters())
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_backward_per_block_equals_backward_of_the_sum(granularity):
+    one, two = make(granularity), make(granularity)
+    for loss in one.local_losses(X, Y):
+        loss.backward()
+    sum(two.local_losses(X, Y)).backward()
+    assert_same(gradients(one), gradients(two))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_loss_delivers_the_local_gradients(granularity):
+    one, two = make(granularity), make(granularity)
+    losses = list(one.local_losses(X, Y))
+    sum(losses).backward()
+    total = two.loss(X, Y)
+    assert all(p.grad is None for p in two.parameters()), "nothing is delivered before backward"
+    total.backward()
+    torch.testing.assert_close(total, sum(losses))
+    assert_same(gradients(one), gradients(two))
+
+
+def test_delivered_losses_can_be_weighted():
+    one, two = make(), make()
+    weights = torch.tensor([1.0, 0.5, 2.0])
+    (torch.stack(list(one.local_losses(X, Y))) * weights).sum().backward()
+    (two.delivered_losses(X, Y) * weights).sum().backward()
+    assert_same(gradients(one), gradients(two), exact=False)
+
+
+def test_step_per_block_equals_one_step_on_the_sum():
+    one, two = make(), make()
+    optimizers = [torch.optim.AdamW(one.block_parameters(k), lr=0.01) for k in range(3)]
+    for _ in range(3):
+        for optimizer, loss in zip(optimizers, one.local_losses(X, Y), strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    together = torch.optim.AdamW(two.parameters(), lr=0.01)
+    for _ in range(3):
+        together.zero_grad()
+        two.loss(X, Y).backward()
+        together.step()
+    assert_same(one.state_dict(), two.state_dict())
+
+
+def test_a_gradient_cannot_be_delivered_twice():
+    loss = make().loss(X, Y)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already delivered"):
+        loss.backward()
+
+
+def peak_saved_bytes(step):
+    """Most bytes that were kept for a backward at any one time."""
+    alive, peak = {}, 0
+
+    def pack(tensor):
+        nonlocal peak
+        key = tensor.untyped_storage().data_ptr()
+        if key not in alive:
+            alive[key] = tensor.untyped_storage().nbytes()
+            weakref.finalize(tensor.untyped_storage(), alive.pop, key, None)
+        peak = max(peak, sum(alive.values()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return peak
+
+
+def deep_net(blocks):
+    torch.manual_seed(0)
+    return LocalNet(nn.Sequential(*(Residual(4) for _ in range(blocks))), 10, input_shape=(4, 16, 16))
+
+
+@pytest.mark.parametrize("how", ["local_losses", "loss"])
+def test_memory_does_not_grow_with_the_number_of_blocks(how):
+    x, y = torch.randn(8, 4, 16, 16), torch.arange(8)
+
+    def step(net):
+        if how == "loss":
+            net.loss(x, y).backward()
+        else:
+            for loss in net.local_losses(x, y):
+                loss.backward()
+
+    few, many = (peak_saved_bytes(lambda net=deep_net(n): step(net)) for n in (2, 8))
+    whole = deep_net(8)
+    together = peak_saved_bytes(lambda: sum(whole.local_losses(x, y)).backward())
+    assert many <= 1.1 * few
+    assert together > 3 * many, "the measure sees a graph that is kept"
+
+
+def test_without_gradients_there_is_no_graph():
+    net = make().eval()
+    with torch.no_grad():
+        assert not net.loss(X, Y).requires_grad
+        assert not net.goodness(X).requires_grad
+
+
+def test_forward_is_the_vote_over_the_goodness():
+    net = make(vote="last").eval()
+    goodness = net.goodness(X)
+    assert goodness.shape == (3, 6, 10)
+    assert torch.equal(net(X), goodness[-1])
+    net.vote = "mean"
+    torch.testing.assert_close(net(X), goodness.mean(0))
+
+
+@pytest.mark.parametrize(("norm", "dims"), [("layer", (1, 2, 3)), ("channel", (1,)), ("length", (1, 2, 3))])
+def test_norm_equals_its_formula(norm, dims):
+    h, normalised = (next(make(norm=kind).local_features(X)) for kind in ("none", norm))
+    mean = 0 if norm == "length" else h.mean(dims, keepdim=True)
+    scale = (h - mean).square().mean(dims, keepdim=True).sqrt()
+    seen = (scale > 0.01).expand_as(h)  # below, the epsilon of the norm counts
+    torch.testing.assert_close(normalised[seen], ((h - mean) / scale)[seen], atol=0, rtol=0.06)
+    assert seen.float().mean() > 0.9
+
+
+def test_training_the_net_trains_the_model_it_was_made_of():
+    model = small_net()
+    before = copy.deepcopy(model.state_dict())
+    net = LocalNet(model, 10, input_shape=(1, 8, 8))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net.loss(X, Y).backward()
+    optimizer.step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert {"0.weight", "2.conv1.weight", "3.conv2.bias"} <= changed
+    assert not any(key.startswith("6") for key in changed), "the classifier takes no part"
+
+
+def test_a_frozen_block_is_left_alone():
+    net = make()
+    net.blocks[1].requires_grad_(False)
+    net.heads[1].requires_grad_(False)
+    net.loss(X, Y).backward()
+    assert all((p.grad is None) == (not p.requires_grad) for p in net.parameters())
+
+
+def test_a_gradient_scaler_scales_the_local_backward_too():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    one, two = make(), make()
+    inside: list[torch.Tensor] = []
+    for net in (one, two):
+        net.heads[0].features.register_full_backward_hook(lambda module, inputs, outputs: inside.append(outputs[0]))
+    one.loss(X, Y).backward()
+    loss = two.loss(X, Y, scaler)
+    torch.testing.assert_close(inside[1], inside[0] * 2.0**10)
+    scaler.scale(loss).backward()
+    scaled = {name: None if p.grad is None else p.grad / 2.0**10 for name, p in two.named_parameters()}
+    assert_same(gradients(one), scaled, exact=False)
+
+
+def test_a_network_with_a_single_block_warns():
+    with pytest.warns(UserWarning, match="is a single block with granularity='block'"):
+        LocalNet(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), 10, input_shape=(1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"norm": "batch"}, "norm='batch' is not known.*'layer'"),
+        ({"vote": "means"}, "vote='means'.*did you mean 'mean'"),
+        ({"head": "papr"}, "head='papr'.*did you mean 'paper'"),
+        ({"granularity": "blocks"}, "granularity='blocks'.*did you mean 'block'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+def test_num_classes_must_be_two_or_more():
+    with pytest.raises(ValueError, match="num_classes=1"):
+        LocalNet(small_net(), 1, input_shape=(1, 8, 8))
+
+
+@pytest.mark.parametrize(("labels", "wrong"), [([0, 10], 10), ([-1, 3], -1)])
+def test_labels_out_of_range_are_named(labels, wrong):
+    with pytest.raises(ValueError, match=rf"label {wrong} in the batch: num_classes=10 allows 0 to 9"):
+        make().loss(X[:2], torch.tensor(labels))
+
+
+def test_wrong_number_of_channels_is_named():
+    with pytest.raises(ValueError, match=r"images of shape \(3, 8, 8\): the network was built for \(1, 8, 8\)"):
+        make()(torch.randn(2, 3, 8, 8))
+
+
+def test_one_sample_with_batch_norm_names_the_block():
+    net = LocalNet(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 6), nn.BatchNorm2d(4), nn.ReLU()),
+        10,
+        input_shape=(1, 8, 8),
+        head=lambda channels, classes: GoodnessHead(channels, classes, depth=0),
+    )
+    with pytest.raises(ValueError, match=r"block 1 \(2\), batch of 1: Expected more than 1 value per channel"):
+        net.loss(X[:1], Y[:1])
