@@ -44,7 +44,6 @@ class CLI(LightningCLI):
             {
                 "checkpoint.monitor": "val/acc",
                 "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
                 "checkpoint.filename": "epoch{epoch:03d}-acc{val/acc:.4f}",
                 "checkpoint.auto_insert_metric_name": False,
                 "model": {"class_path": "ff_lightning.SFF"},
@@ -102,6 +101,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
+    # a `ModelCheckpoint` with a monitor renews its last.ckpt only when the monitored value is good: so a second one
+    last = ModelCheckpoint(filename="last", enable_version_counter=False)
     CLI(
         LocalLearner,
         LightningDataModule,
@@ -109,7 +110,7 @@ def main(args: Sequence[str] | None = None) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [BlockTable()]},
+        trainer_defaults={"callbacks": [BlockTable(), last]},
         save_config_kwargs={"overwrite": True},
         parser_class=_Parser,
         parser_kwargs={"version": __version__},

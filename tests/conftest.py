@@ -1,6 +1,9 @@
 """What the tests share: small networks, small folders of images, and one way to run a Trainer."""
 
+import functools
+import http.server
 import os
+import threading
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -94,3 +97,15 @@ def image_folder(tmp_path):
         return tmp_path / "images"
 
     return write
+
+
+@pytest.fixture
+def served(tmp_path):
+    """A folder whose files can be downloaded, and its address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

@@ -1,8 +1,11 @@
 import copy
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -49,7 +52,9 @@ class TestEveryMethod:
         blocks = len(model.net.blocks)
         for stage, run in (("val", trainer.validate), ("test", trainer.test)):
             logged = run(model, digits, verbose=False)[0]
-            assert {f"{stage}/block{k:02d}_acc" for k in range(blocks)} | {f"{stage}/acc", f"{stage}/loss"} == set(logged)
+            assert {f"{stage}/block{k:02d}_acc" for k in range(blocks)} | {f"{stage}/acc", f"{stage}/loss"} == set(
+                logged
+            )
         scores = torch.cat(trainer.predict(model, digits))
         assert scores.shape == (32, 10)
 
@@ -78,7 +83,9 @@ class TestEveryMethod:
         part = make(method, optimization=optimization)
         stop = Stop(tmp_path, save_last=True)
         with pytest.raises(Interrupted):
-            make_trainer(max_epochs=4, enable_checkpointing=True, callbacks=[stop]).fit(part, data.Digits(batch_size=16))
+            make_trainer(max_epochs=4, enable_checkpointing=True, callbacks=[stop]).fit(
+                part, data.Digits(batch_size=16)
+            )
         resumed = make(method, optimization=optimization)
         trainer = make_trainer(max_epochs=4)
         trainer.fit(resumed, data.Digits(batch_size=16), ckpt_path=tmp_path / "last.ckpt")
@@ -208,7 +215,9 @@ def test_accuracy_counts_every_sample_once(make_trainer):
     torch.manual_seed(1)
     x, y = torch.randn(25, 1, 1, 10), torch.arange(25) % 10
     model = Backprop(backbone=Fixed(), num_classes=10, input_shape=(1, 1, 10))
-    result = make_trainer(limit_test_batches=1.0).test(model, DataLoader(TensorDataset(x, y), batch_size=8), verbose=False)
+    result = make_trainer(limit_test_batches=1.0).test(
+        model, DataLoader(TensorDataset(x, y), batch_size=8), verbose=False
+    )
     expected = (x[:, 0, 0].argmax(1) == y).float().mean().item()
     assert result[0]["test/acc"] == pytest.approx(expected)
     assert result[0]["test/loss"] == pytest.approx(nn.functional.cross_entropy(x[:, 0, 0], y).item(), rel=1e-5)
@@ -238,8 +247,6 @@ def test_a_loss_that_is_not_finite_is_noticed_before_validation(make_trainer, di
 
 
 def test_hyperparameters_are_plain(make_trainer, digits, tmp_path):
-    from functools import partial
-
     model = make(optimizer=partial(torch.optim.SGD, momentum=0.9), head=partial(GoodnessHead, depth=2), lr=0.1)
     assert model.hparams.optimizer == {"class_path": "torch.optim.sgd.SGD", "init_args": {"momentum": 0.9}}
     assert model.hparams.head == {"class_path": "ff_lightning.goodness.GoodnessHead", "init_args": {"depth": 2}}
@@ -326,9 +333,7 @@ def test_small_stem_keeps_the_resolution():
 
 
 def test_learning_rates_are_monitored(make_trainer, digits, tmp_path):
-    from lightning.pytorch.loggers import CSVLogger
-
     logger = CSVLogger(tmp_path)
     make_trainer(logger=logger, callbacks=[LearningRateMonitor()], max_epochs=1).fit(make(), digits)
-    header = next(open(f"{logger.log_dir}/metrics.csv")).strip().split(",")
+    header = Path(logger.log_dir, "metrics.csv").read_text().splitlines()[0].split(",")
     assert sum(name.startswith("lr-") for name in header) == 3

@@ -1,0 +1,150 @@
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ff_lightning import data
+from ff_lightning.cli import main
+from tests.test_data import write_cifar
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(
+    path.relative_to(ROOT) for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "trainer"
+)
+QUICK = [
+    *("--config", str(ROOT / "configs/trainer/cpu.yaml"), "--config", str(ROOT / "configs/trainer/debug.yaml")),
+    *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--data.batch_size", "4"),
+]
+
+
+def run(*args):
+    """Run the command; returns what it prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as stop:
+            if stop.code not in (None, 0):
+                raise SystemExit(out.getvalue()) from None
+    return out.getvalue()
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch, image_folder, served):
+    """The images that a config asks for, small and in the place where it looks for them."""
+    monkeypatch.chdir(tmp_path)
+    reader, _ = write_cifar(*served, fine=False)
+    monkeypatch.setattr(data.CIFAR10, "reader", reader)
+    (tmp_path / "data").mkdir()
+    image_folder(classes=("cat", "dog"), size=(32, 32)).rename(tmp_path / "data" / "images")
+
+
+def checkpoint(folder, name="last.ckpt"):
+    (found,) = Path(folder).rglob(name)
+    return found
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_config_runs(config, files):
+    text = (ROOT / config).read_text()
+    assert text.startswith(f"# ff-lightning fit --config {config}")
+    method = yaml.safe_load(text)["model"]["class_path"]
+    printed = run("fit", "--config", ROOT / config, *QUICK)
+    assert "validation accuracy" in printed
+    assert "vote" in printed
+    path = checkpoint(".")
+    stored = torch.load(path, weights_only=True)
+    assert stored["global_step"] == 8
+    assert stored["hyper_parameters"]["_class_path"].endswith(f".{method}")
+    assert "test accuracy" in run("test", "--config", ROOT / config, *QUICK, "--ckpt_path", path)
+
+
+@pytest.mark.parametrize("overlay", sorted((ROOT / "configs/trainer").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_overlay_is_understood(overlay):
+    printed = run("fit", "--config", ROOT / "configs/sff/digits_cnn.yaml", "--config", overlay, "--print_config")
+    settings = yaml.safe_load(printed)["trainer"]
+    assert yaml.safe_load(overlay.read_text())["trainer"].items() <= settings.items()
+
+
+DIGITS = ["fit", *QUICK[:8]]
+
+
+def test_a_second_run_in_the_same_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        run(*DIGITS, "--trainer.logger", "false")
+    assert (tmp_path / "config.yaml").is_file()
+
+
+def test_resume_on_the_command_line_ends_in_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*DIGITS, "--trainer.max_epochs", 3]
+    whole = [*arguments, "--trainer.default_root_dir", "whole"]
+    run(*whole, "--checkpoint.save_top_k", -1, "--checkpoint.filename", "epoch{epoch}")
+    first = checkpoint("whole", "epoch0.ckpt")
+    run(*arguments, "--trainer.default_root_dir", "resumed", "--ckpt_path", first)
+    one, two = (torch.load(checkpoint(folder), weights_only=True) for folder in ("whole", "resumed"))
+    assert one["global_step"] == two["global_step"] == 12
+    assert all(torch.equal(value, two["state_dict"][key]) for key, value in one["state_dict"].items())
+
+
+def test_a_checkpoint_brings_its_model_but_does_not_overrule_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*DIGITS, "--model", "SFF", "--model.granularity", "stage", "--model.vote", "last", "--model.lr", "0.01")
+    path = checkpoint(".")
+    printed = run("test", "--ckpt_path", path, *QUICK[:8])
+    assert "conv2.0...conv3.0" in printed, "the test ran the stages of the checkpoint"
+    run("fit", *QUICK[:8], "--ckpt_path", path, "--model.lr", "0.02", "--trainer.default_root_dir", "again")
+    (settings,) = Path("again").rglob("config.yaml")
+    model = yaml.safe_load(settings.read_text())["model"]["init_args"]
+    assert (model["granularity"], model["vote"], model["lr"]) == ("stage", "last", 0.02)
+
+
+def test_optimizer_and_head_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(
+        *(*DIGITS, "--model.optimizer", "SGD", "--model.optimizer.momentum", "0.5", "--model.lr", "0.001"),
+        *("--model.head", "GoodnessHead", "--model.head.depth", "0", "--model.lr_scheduler", "StepLR"),
+        *("--model.lr_scheduler.step_size", "1", "--model.lr_scheduler.gamma", "0.5"),
+    )
+    stored = torch.load(checkpoint("."), weights_only=True)
+    assert len(stored["optimizer_states"]) == 6
+    (group,) = stored["optimizer_states"][0]["param_groups"]
+    assert (group["momentum"], group["weight_decay"], group["lr"]) == (0.5, 0, 0.00025)
+    assert not any("heads.0.features" in key for key in stored["state_dict"])
+    assert stored["hyper_parameters"]["head"]["init_args"]["depth"] == 0
+
+
+def test_predict(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*DIGITS)
+    run("predict", "--ckpt_path", checkpoint("."), "--trainer.limit_predict_batches", "1")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "SFFF"], "SFFF.*did you mean 'SFF'"),
+        (["--data", "Digit"], "Digit.*did you mean 'Digits'"),
+        (["--model", "SFF", "--model.backbon", "cnn"], "'backbon' is not accepted; did you mean 'backbone'"),
+        (["--data.batchsize", "3"], "'batchsize' is not accepted; did you mean 'batch_size'"),
+        (["--model.norm", "layr"], "layr"),
+    ],
+)
+def test_wrong_names_are_answered_with_close_ones(args, message):
+    with pytest.raises(SystemExit, match=f"(?s){message}"):
+        run("fit", *args)
+
+
+def test_a_value_that_contradicts_the_data_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="num_classes=7 of the model, but Digits has 10"):
+        run(*DIGITS, "--model.num_classes", "7")
+
+
+def test_help_names_the_subcommands():
+    printed = run("--help")
+    assert all(name in printed for name in ("fit", "validate", "test", "predict"))
