@@ -71,17 +71,21 @@ class CLI(LightningCLI):
             self._subcommand_parsers[subcommand].set_defaults({"verbose": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; what a checkpoint says of its model takes the place of defaults, not of the user's own arguments."""
+        """Parse; what a checkpoint says of its model and data replaces defaults, not the user's own arguments."""
         super().parse_arguments(parser, args)
         subcommand = self.config.subcommand
         path = self.config[subcommand].get("ckpt_path")
         if not path or not Path(path).is_file():
             return
-        stored = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
-        if "_class_path" in stored:
-            arguments = {key: value for key, value in stored.items() if not key.startswith("_")}
-            model = {"class_path": stored["_class_path"], "init_args": arguments}
-            self._subcommand_parsers[subcommand].set_defaults({"model": model})
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        defaults = {}
+        for part, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
+            stored = checkpoint.get(key, {})
+            if "_class_path" in stored:
+                arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
+                defaults[part] = {"class_path": stored["_class_path"], "init_args": arguments}
+        if defaults:
+            self._subcommand_parsers[subcommand].set_defaults(defaults)
             super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
@@ -101,6 +105,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")  # every test writes a folder of its own
     # a `ModelCheckpoint` with a monitor renews its last.ckpt only when the monitored value is good: so a second one
     last = ModelCheckpoint(filename="last", enable_version_counter=False)
     CLI(

@@ -1,4 +1,5 @@
 import contextlib
+import inspect
 import io
 from pathlib import Path
 
@@ -116,6 +117,22 @@ def test_optimizer_and_head_from_the_command_line(tmp_path, monkeypatch):
     assert (group["momentum"], group["weight_decay"], group["lr"]) == (0.5, 0, 0.00025)
     assert not any("heads.0.features" in key for key in stored["state_dict"])
     assert stored["hyper_parameters"]["head"]["init_args"]["depth"] == 0
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "Digits"])
+def test_another_data_set_keeps_nothing_of_the_default_one(name):
+    chosen, given = (
+        yaml.safe_load(run("fit", "--data", name, "--print_config"))["data"]["init_args"],
+        yaml.safe_load(run("fit", "--data", "Digits", "--print_config"))["data"]["init_args"],
+    )
+    own = {
+        parameter.name: parameter.default
+        for cls in (getattr(data, name), data.ImageData)
+        for parameter in inspect.signature(cls).parameters.values()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    }
+    assert {key: own[key] for key in chosen} == chosen
+    assert given.keys() <= chosen.keys()
 
 
 def test_predict(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def test_digits_are_normalised_by_the_training_scans():
 def test_digits_can_be_resized():
     module = data.Digits(image_size=16)
     module.setup("fit")
-    assert next(iter(module.train_dataloader()))[0].shape == (64, 1, 16, 16)
+    assert next(iter(module.train_dataloader()))[0].shape == (128, 1, 16, 16)
     with pytest.raises(ValueError, match="image_size=4"):
         data.Digits(image_size=4)
 

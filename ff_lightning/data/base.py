@@ -26,13 +26,15 @@ Sample = tuple[Any, int]  # an image (PIL or uint8 tensor) and its class
 class ImageData(LightningDataModule):
     """Base of the data modules: images (B, C, H, W), float32, normalised; classes (B,), int64.
 
-    A data set sets `class_names`, `input_shape` and `statistics` in its `__init__` and implements `read_train` and
+    All data sets have the same defaults, so that another ``--data`` on the command line changes nothing else. A data
+    set sets `class_names`, `input_shape` and `statistics` in its `__init__` and implements `read_train` and
     `read_test`; `read_val` only where it has a validation set of its own.
 
     Args:
         root: Folder of the data.
         batch_size: Images per batch and process.
-        num_workers: Processes that read images; None: half the cores, 8 at most.
+        num_workers: Processes that read images; None: half the cores, 8 at most, or none for images in memory.
+        image_size: Pixels of a side; None: as the data set has them.
         augment: Random crops and flips of the training images.
         val_fraction: Share of the training images that becomes the validation set, the same for each class.
         seed: Seed of that split.
@@ -58,18 +60,23 @@ class ImageData(LightningDataModule):
         root: str = "data",
         batch_size: int = 128,
         num_workers: int | None = None,
+        image_size: int | None = None,
         augment: bool = True,
         val_fraction: float = 0.1,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"image_size={image_size}: must be at least 1")
         self.root = root
         self.batch_size = batch_size
-        self.num_workers = _half_the_cores() if num_workers is None else num_workers
+        self.num_workers = self.default_workers() if num_workers is None else num_workers
+        self.image_size = image_size
         self.augment = augment
         self.val_fraction = val_fraction
         self.seed = seed
@@ -80,6 +87,11 @@ class ImageData(LightningDataModule):
         return len(self.class_names)
 
     # ------------------------------------------------------------------------------------- what a data set fills in
+
+    def default_workers(self) -> int:
+        """Processes that read images if the user gave no number."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(8, cores // 2)
 
     def read_train(self) -> Dataset[Sample]:
         """The training images, with their classes in `targets`."""
@@ -202,8 +214,3 @@ class _Prepared(Dataset[Sample]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.images[self.chosen[index]]
         return self.transform(image), int(label)
-
-
-def _half_the_cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores // 2)

@@ -14,10 +14,8 @@ class CIFAR10(ImageData):
     Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 
     Args:
-        root: Folder of the data.
-        download: Whether to download what is not there (170 MB).
-        image_size: Pixels of a side; other than 32 they are resized.
-        kwargs: batch_size, augment, val_fraction, seed, ...; see `ImageData`.
+        download: Whether to download to `root` what is not there (170 MB).
+        kwargs: root, image_size, batch_size, augment, val_fraction, seed, ...; see `ImageData`.
     """
 
     reader: type[datasets.CIFAR10] = datasets.CIFAR10
@@ -35,10 +33,11 @@ class CIFAR10(ImageData):
     )
     statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
-    def __init__(self, root: str = "data", download: bool = True, image_size: int = 32, **kwargs: Any) -> None:
-        super().__init__(root=root, **kwargs)
+    def __init__(self, download: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.download = download
-        self.input_shape = (3, image_size, image_size)
+        size = self.image_size or 32
+        self.input_shape = (3, size, size)
 
     def prepare_data(self) -> None:
         """Download what is not there."""
@@ -60,10 +59,8 @@ class CIFAR100(CIFAR10):
     Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 
     Args:
-        root: Folder of the data.
-        download: Whether to download what is not there (170 MB).
-        image_size: Pixels of a side; other than 32 they are resized.
-        kwargs: batch_size, augment, val_fraction, seed, ...; see `ImageData`.
+        download: Whether to download to `root` what is not there (170 MB).
+        kwargs: root, image_size, batch_size, augment, val_fraction, seed, ...; see `ImageData`.
     """
 
     reader = datasets.CIFAR100

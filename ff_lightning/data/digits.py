@@ -19,8 +19,7 @@ class Digits(ImageData):
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
 
     Args:
-        image_size: Pixels of a side, 8 or more; other than 8 they are resized.
-        kwargs: batch_size, val_fraction, seed, ...; see `ImageData`.
+        kwargs: image_size, batch_size, val_fraction, seed, ...; see `ImageData`.
 
     Raises:
         ValueError: If `image_size` is below 8.
@@ -34,14 +33,19 @@ class Digits(ImageData):
     class_names = tuple("0123456789")
     flips = False
 
-    def __init__(self, image_size: int = 8, batch_size: int = 64, num_workers: int | None = 0, **kwargs: Any) -> None:
-        super().__init__(batch_size=batch_size, num_workers=num_workers, **kwargs)
-        if image_size < 8:
-            raise ValueError(f"image_size={image_size}: the scans have 8 pixels, give 8 or more")
-        self.input_shape = (1, image_size, image_size)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        size = self.image_size or 8
+        if size < 8:
+            raise ValueError(f"image_size={size}: the scans have 8 pixels, give 8 or more")
+        self.input_shape = (1, size, size)
         train = _images(train=True)
         scale = train.images.float() / 255
         self.statistics = ([scale.mean().item()], [scale.std().item()])
+
+    def default_workers(self) -> int:
+        """None: the scans are in memory."""
+        return 0
 
     def read_train(self) -> Dataset[Sample]:
         """80 % of the scans."""

@@ -23,8 +23,8 @@ class ImageFolder(ImageData):
 
     Args:
         root: Folder with the folder ``train``.
-        image_size: Pixels of a side; None: the shorter side of the first training image.
-        kwargs: batch_size, augment, val_fraction, seed, ...; see `ImageData`.
+        kwargs: image_size, batch_size, augment, val_fraction, seed, ...; see `ImageData`. Without an image_size it is
+            the shorter side of the first training image.
 
     Raises:
         FileNotFoundError: If a folder or a class is missing or empty.
@@ -33,13 +33,12 @@ class ImageFolder(ImageData):
 
     statistics = IMAGENET_STATISTICS
 
-    def __init__(self, root: str, image_size: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, root: str = "data", **kwargs: Any) -> None:
         super().__init__(root=root, **kwargs)
         self.folders = _folders(Path(root).expanduser())
         self.class_names = _class_names(self.folders["train"])
-        if image_size is None:
-            image_size = min(_load(_first_image(self.folders["train"] / self.class_names[0])).size)
-        self.input_shape = (3, image_size, image_size)
+        size = self.image_size or min(_load(_first_image(self.folders["train"] / self.class_names[0])).size)
+        self.input_shape = (3, size, size)
 
     def read_train(self) -> Dataset[Sample]:
         """All images of ``train``."""
