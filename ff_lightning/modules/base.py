@@ -11,27 +11,22 @@
 Shapes: B batch, K classes, L blocks.
 """
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from ff_lightning.backbones import Stem, build_backbone
-from ff_lightning.modules.factories import to_factory, to_spec
+from ff_lightning.modules import checks
+from ff_lightning.modules.factories import make_plain, to_factory
 from ff_lightning.modules.metrics import BlockLosses, BlockScores
+from ff_lightning.modules.schedules import Schedule, make_scheduler, monitored, step_epoch_scheduler
 from ff_lightning.network import check_classes
-from ff_lightning.suggest import unknown
-
-Schedule = Literal["onecycle", "cosine", "constant"]
-_NOT_PLAIN = ("backbone", "head", "optimizer", "lr_scheduler")
 
 
 class LocalLearner(LightningModule):
@@ -74,8 +69,13 @@ class LocalLearner(LightningModule):
         accumulate: int = 1,
     ) -> None:
         super().__init__()
-        self._check_arguments(num_classes, lr, lr_scheduler, optimization, clip_norm, accumulate)
-        self._keep_plain_hparams()
+        checks.check_arguments(num_classes, lr, lr_scheduler, optimization, clip_norm, accumulate)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
+            self.save_hyperparameters()
+        plain = make_plain(self.hparams)
+        self.hparams.clear()
+        self.save_hyperparameters(plain)
         self.num_classes = cast(int, num_classes)
         self.input_shape = tuple(input_shape or (3, 32, 32))
         self.automatic_optimization = optimization == "automatic"
@@ -130,9 +130,9 @@ class LocalLearner(LightningModule):
         else:
             self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
         optimizer.zero_grad()
-        if self._schedulers_step_with_optimizer:
-            scheduler = _as_list(self.lr_schedulers())[self._optimizer_of_block[k]]
-            scheduler.step()
+        schedulers = _as_list(self.lr_schedulers())
+        if schedulers and self._schedulers_count_steps:
+            schedulers[self._optimizer_of_block[k]].step()
 
     def _is_last_of_window(self, batch_idx: int) -> bool:
         return (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
@@ -159,26 +159,18 @@ class LocalLearner(LightningModule):
         """Report what is left of the epoch, and step the schedulers that count epochs."""
         if self.train_losses.update_called:
             self._log_losses()
-        if not self.automatic_optimization and not self._schedulers_step_with_optimizer:
+        if not self.automatic_optimization and not self._schedulers_count_steps:
             for scheduler in _as_list(self.lr_schedulers()):
-                self._step_epoch_scheduler(scheduler)
-
-    def _step_epoch_scheduler(self, scheduler: Any) -> None:
-        if not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()
-            return
-        monitor = getattr(scheduler, "monitor", "val/loss")
-        if monitor not in self.trainer.callback_metrics:
-            raise ValueError(
-                f"lr_scheduler: ReduceLROnPlateau watches {monitor!r}, which was not logged; there are "
-                f"{sorted(self.trainer.callback_metrics)}"
-            )
-        scheduler.step(self.trainer.callback_metrics[monitor])
+                step_epoch_scheduler(scheduler, self.trainer.callback_metrics)
 
     # ------------------------------------------------------------------------------------------------------ optimizers
 
     def configure_optimizers(self) -> Any:
-        """One optimizer per block (manual), or one with a named parameter group per block (automatic)."""
+        """One optimizer per block (manual), or one with a named parameter group per block (automatic).
+
+        Raises:
+            ValueError: If no parameter is trainable, or if a schedule needs a run of known length.
+        """
         groups: list[dict[str, Any]] = []
         self._optimizer_of_block: dict[int, int] = {}
         for k in range(len(self.net.blocks)):
@@ -189,42 +181,16 @@ class LocalLearner(LightningModule):
                 groups.append({"params": parameters, "name": f"block{k:02d}", **rate})
         if not groups:
             raise ValueError("every parameter is frozen (requires_grad=False): there is nothing to train")
-        if self.automatic_optimization:
-            optimizers = [self.make_optimizer(groups)]
-        else:
-            optimizers = [self.make_optimizer([group]) for group in groups]
-        schedulers = [self._scheduler(optimizer) for optimizer in optimizers] if self.schedule != "constant" else []
-        self._schedulers_step_with_optimizer = bool(schedulers) and (
-            isinstance(self.schedule, str) or self.lr_interval == "step"
-        )
+        per_optimizer = [groups] if self.automatic_optimization else [[group] for group in groups]
+        optimizers = [self.make_optimizer(of_optimizer) for of_optimizer in per_optimizer]
+        schedulers = [scheduler for o in optimizers if (scheduler := make_scheduler(self, o)) is not None]
+        self._schedulers_count_steps = isinstance(self.schedule, str) or self.lr_interval == "step"
         if not self.automatic_optimization:
             return optimizers, schedulers
-        interval = "step" if self._schedulers_step_with_optimizer else "epoch"
-        monitor = getattr(schedulers[0], "monitor", "val/loss") if schedulers else None
-        return optimizers, [{"scheduler": s, "interval": interval, "monitor": monitor} for s in schedulers]
-
-    def _scheduler(self, optimizer: Optimizer) -> LRScheduler | ReduceLROnPlateau:
-        if self.schedule == "onecycle":
-            rates = [group["lr"] for group in optimizer.param_groups]
-            return OneCycleLR(optimizer, max_lr=rates, total_steps=self._total_steps())
-        if self.schedule == "cosine":
-            return CosineAnnealingLR(optimizer, T_max=self._total_steps())
-        made: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] = to_factory("lr_scheduler", self.schedule)
-        return made(optimizer)
-
-    def _total_steps(self) -> int:
-        """Number of optimizer steps of each block in the whole run."""
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise ValueError(
-                f"lr_scheduler={self.schedule!r} must know the length of the run: set max_epochs or max_steps of the "
-                "Trainer, or lr_scheduler='constant'"
-            )
-        if self.accumulate > 1 and self.trainer.max_epochs not in (None, -1):
-            per_epoch = math.ceil(self.trainer.num_training_batches / self.accumulate)
-            in_epochs = per_epoch * self.trainer.max_epochs
-            steps = in_epochs if self.trainer.max_steps == -1 else min(in_epochs, self.trainer.max_steps)
-        return int(steps)
+        interval = "step" if self._schedulers_count_steps else "epoch"
+        return optimizers, [
+            {"scheduler": scheduler, "interval": interval, "monitor": monitored(scheduler)} for scheduler in schedulers
+        ]
 
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.trainer.precision_plugin, "scaler", None)
@@ -311,104 +277,17 @@ class LocalLearner(LightningModule):
 
     def configure_callbacks(self) -> list[Any]:
         """Answer the Trainer flags that manual optimization cannot serve, before Lightning refuses them."""
-        trainer = self.trainer
         if not self.automatic_optimization:
-            if trainer.gradient_clip_val:
-                raise MisconfigurationException(
-                    f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) does not work with optimization='manual': "
-                    f"give the model clip_norm={trainer.gradient_clip_val}, or optimization='automatic'"
-                )
-            if trainer.accumulate_grad_batches != 1:
-                raise MisconfigurationException(
-                    f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) does not work with "
-                    f"optimization='manual': give the model accumulate={trainer.accumulate_grad_batches}, or "
-                    "optimization='automatic'"
-                )
+            checks.check_trainer_flags(self.trainer)
         return []
 
     def setup(self, stage: str) -> None:
-        """Compare the model with the data.
-
-        Raises:
-            ValueError: If the data module has other classes or another number of channels.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        classes, shape = getattr(data, "num_classes", None), getattr(data, "input_shape", None)
-        if classes not in (None, self.num_classes):
-            raise ValueError(f"num_classes={self.num_classes} of the model, but {type(data).__name__} has {classes}")
-        if shape is not None and shape[0] != self.input_shape[0]:
-            raise ValueError(
-                f"input_shape={self.input_shape} of the model, but {type(data).__name__} has images of shape {shape}"
-            )
+        """Compare the model with the data."""
+        checks.check_data(self.num_classes, self.input_shape, getattr(self.trainer, "datamodule", None))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare a checkpoint with the network, and say in one line where they differ.
-
-        Raises:
-            ValueError: If the checkpoint belongs to another architecture.
-        """
-        own, theirs = self.state_dict(), checkpoint["state_dict"]
-        wrong = [key for key in own if key not in theirs or own[key].shape != theirs[key].shape]
-        wrong += [key for key in theirs if key not in own]
-        if wrong:
-            was = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-            changed = {
-                key: f"{value!r} here, {was.get(key)!r} there"
-                for key, value in self.hparams.items()
-                if key in was and was[key] != value
-            }
-            raise ValueError(
-                f"the checkpoint was written by another architecture: {len(wrong)} tensors differ, the first is "
-                f"{wrong[0]!r}; arguments that differ: {changed or 'none that were stored (the backbone?)'}"
-            )
-
-    def _check_arguments(
-        self,
-        num_classes: int | None,
-        lr: float | None,
-        lr_scheduler: Any,
-        optimization: str,
-        clip_norm: float | None,
-        accumulate: int,
-    ) -> None:
-        if num_classes is None:
-            raise ValueError("num_classes is missing: give the number of classes of the data")
-        if lr is not None and lr <= 0:
-            raise ValueError(f"lr={lr}: must be above 0")
-        if isinstance(lr_scheduler, str) and lr_scheduler not in get_args(Schedule):
-            allowed = f"one of {list(get_args(Schedule))}, or a scheduler class"
-            raise ValueError(unknown("lr_scheduler", lr_scheduler, get_args(Schedule), allowed))
-        if optimization not in ("manual", "automatic"):
-            raise ValueError(f"optimization={optimization!r}: must be 'manual' or 'automatic'")
-        if clip_norm is not None and clip_norm <= 0:
-            raise ValueError(f"clip_norm={clip_norm}: must be above 0, or None for no clipping")
-        if accumulate < 1:
-            raise ValueError(f"accumulate={accumulate}: must be at least 1")
-        if accumulate > 1 and optimization == "automatic":
-            raise ValueError(
-                f"accumulate={accumulate} is for optimization='manual': with 'automatic' give "
-                f"Trainer(accumulate_grad_batches={accumulate})"
-            )
-
-    def _keep_plain_hparams(self) -> None:
-        """Keep the arguments as names, numbers and {class_path, init_args}: a checkpoint holds no code."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
-            self.save_hyperparameters()
-        for name in _NOT_PLAIN:
-            value = self.hparams.get(name)
-            if callable(value):
-                spec = to_spec(value)
-                self.hparams[name] = spec
-                if spec is None:
-                    self.hparams.pop(name)
-                    if not isinstance(value, nn.Module):
-                        warnings.warn(
-                            f"{name} is a function and is not stored in checkpoints: give it to load_from_checkpoint "
-                            "again, or give a class or {class_path, init_args}",
-                            stacklevel=4,
-                        )
-        self.save_hyperparameters(dict(self.hparams))
+        """Compare a checkpoint with the network, and say in one line where they differ."""
+        checks.check_architecture(self.state_dict(), self.hparams, checkpoint)
 
 
 def _as_list(value: Any) -> list[Any]:

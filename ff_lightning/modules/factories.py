@@ -5,10 +5,11 @@ A checkpoint is read without running any code, so what is stored is always ``{cl
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Spec = Mapping[str, Any]
+from torch import nn
 
 
 def to_factory(argument: str, value: Any) -> Callable[..., Any]:
@@ -29,13 +30,23 @@ def to_factory(argument: str, value: Any) -> Callable[..., Any]:
     raise ValueError(f"{argument}={value!r}: give a class, a functools.partial of it, or {{class_path, init_args}}")
 
 
-def to_spec(value: Any) -> Any:
-    """``{class_path, init_args}`` of a class or a partial of a class; None of any other function; else the value."""
-    if isinstance(value, functools.partial) and not value.args and isinstance(value.func, type):
-        return {"class_path": _path(value.func), "init_args": dict(value.keywords)}
-    if isinstance(value, type):
-        return {"class_path": _path(value), "init_args": {}}
-    return None if callable(value) else value
+def make_plain(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters as names, numbers and {class_path, init_args}; networks and functions are left out."""
+    plain = {}
+    for name, value in hparams.items():
+        if isinstance(value, functools.partial) and not value.args and isinstance(value.func, type):
+            plain[name] = {"class_path": _path(value.func), "init_args": dict(value.keywords)}
+        elif isinstance(value, type):
+            plain[name] = {"class_path": _path(value), "init_args": {}}
+        elif not callable(value):
+            plain[name] = value
+        elif not isinstance(value, nn.Module):
+            warnings.warn(
+                f"{name} is a function and is not stored in checkpoints: give it to load_from_checkpoint again, or "
+                "give a class or {class_path, init_args}",
+                stacklevel=4,
+            )
+    return plain
 
 
 def _path(cls: type) -> str:

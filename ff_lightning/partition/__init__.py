@@ -13,7 +13,7 @@ from ff_lightning.partition.cuts import (
     named_cuts,
     stage_cuts,
 )
-from ff_lightning.partition.graph import read_features
+from ff_lightning.partition.features import read_features
 from ff_lightning.suggest import unknown
 
 __all__ = ["Block", "Granularity", "State", "partition"]

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ff_lightning.partition.graph import Call, Features, Op, evaluating
+from ff_lightning.partition.features import Features, Op
+from ff_lightning.partition.trace import Call, evaluating
 
 State = Tensor | tuple[Any, ...]
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from ff_lightning.partition.graph import Features, Op
+from ff_lightning.partition.features import Features, Op
 from ff_lightning.suggest import unknown
 
 Span = tuple[int, int]  # operations start ... end - 1

@@ -1,0 +1,83 @@
+"""What cannot work is said before it is tried: arguments, Trainer flags, data and checkpoints."""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from ff_lightning.modules.schedules import Schedule
+from ff_lightning.suggest import unknown
+
+
+def check_arguments(
+    num_classes: int | None,
+    lr: float | None,
+    lr_scheduler: Any,
+    optimization: str,
+    clip_norm: float | None,
+    accumulate: int,
+) -> None:
+    """Raise ValueError if an argument of `LocalLearner` is out of its range."""
+    if num_classes is None:
+        raise ValueError("num_classes is missing: give the number of classes of the data")
+    if lr is not None and lr <= 0:
+        raise ValueError(f"lr={lr}: must be above 0")
+    if isinstance(lr_scheduler, str) and lr_scheduler not in get_args(Schedule):
+        allowed = f"one of {list(get_args(Schedule))}, or a scheduler class"
+        raise ValueError(unknown("lr_scheduler", lr_scheduler, get_args(Schedule), allowed))
+    if optimization not in ("manual", "automatic"):
+        raise ValueError(f"optimization={optimization!r}: must be 'manual' or 'automatic'")
+    if clip_norm is not None and clip_norm <= 0:
+        raise ValueError(f"clip_norm={clip_norm}: must be above 0, or None for no clipping")
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate}: must be at least 1")
+    if accumulate > 1 and optimization == "automatic":
+        raise ValueError(
+            f"accumulate={accumulate} is for optimization='manual': with 'automatic' give "
+            f"Trainer(accumulate_grad_batches={accumulate})"
+        )
+
+
+def check_trainer_flags(trainer: Trainer) -> None:
+    """Raise MisconfigurationException, with the replacement, for a flag that manual optimization cannot serve."""
+    for flag, idle, replacement in (
+        ("gradient_clip_val", None, "clip_norm"),
+        ("accumulate_grad_batches", 1, "accumulate"),
+    ):
+        value = getattr(trainer, flag)
+        if value not in (idle, 0):
+            raise MisconfigurationException(
+                f"Trainer({flag}={value}) does not work with optimization='manual': give the model "
+                f"{replacement}={value}, or optimization='automatic'"
+            )
+
+
+def check_data(num_classes: int, input_shape: tuple[int, ...], data: Any) -> None:
+    """Raise ValueError if a data module has other classes than the model, or another number of channels."""
+    classes, shape = getattr(data, "num_classes", None), getattr(data, "input_shape", None)
+    if classes not in (None, num_classes):
+        raise ValueError(f"num_classes={num_classes} of the model, but {type(data).__name__} has {classes}")
+    if shape is not None and shape[0] != input_shape[0]:
+        raise ValueError(
+            f"input_shape={input_shape} of the model, but {type(data).__name__} has images of shape {shape}"
+        )
+
+
+def check_architecture(own: Mapping[str, Tensor], hparams: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Raise ValueError if a checkpoint holds other tensors than the network, and say which arguments differ."""
+    theirs = checkpoint["state_dict"]
+    wrong = [key for key in own if key not in theirs or own[key].shape != theirs[key].shape]
+    wrong += [key for key in theirs if key not in own]
+    if wrong:
+        was = checkpoint.get("hyper_parameters", {})
+        differ = {
+            key: f"{value!r} here, {was[key]!r} there"
+            for key, value in hparams.items()
+            if key in was and was[key] != value
+        }
+        raise ValueError(
+            f"the checkpoint was written by another architecture: {len(wrong)} tensors differ, the first is "
+            f"{wrong[0]!r}; arguments that differ: {differ or 'none that were stored (the backbone?)'}"
+        )

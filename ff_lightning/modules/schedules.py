@@ -1,0 +1,61 @@
+"""Learning-rate schedules: by name for the length of the run, or any scheduler class."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from ff_lightning.modules.factories import to_factory
+
+Schedule = Literal["onecycle", "cosine", "constant"]
+
+
+def make_scheduler(module: Any, optimizer: Optimizer) -> LRScheduler | ReduceLROnPlateau | None:
+    """The scheduler of an optimizer, as `LocalLearner` was told; None for a constant rate."""
+    if module.schedule == "constant":
+        return None
+    if module.schedule == "onecycle":
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, max_lr=rates, total_steps=_total_steps(module))
+    if module.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=_total_steps(module))
+    made: LRScheduler | ReduceLROnPlateau = to_factory("lr_scheduler", module.schedule)(optimizer)
+    return made
+
+
+def _total_steps(module: Any) -> int:
+    """Number of optimizer steps of each block in the whole run."""
+    trainer = module.trainer
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        raise ValueError(
+            f"lr_scheduler={module.schedule!r} must know the length of the run: set max_epochs or max_steps of the "
+            "Trainer, or lr_scheduler='constant'"
+        )
+    if module.accumulate > 1 and trainer.max_epochs not in (None, -1):
+        in_epochs = math.ceil(trainer.num_training_batches / module.accumulate) * trainer.max_epochs
+        steps = in_epochs if trainer.max_steps == -1 else min(in_epochs, trainer.max_steps)
+    return int(steps)
+
+
+def monitored(scheduler: Any) -> str | None:
+    """Name of the logged value that a plateau scheduler watches."""
+    return getattr(scheduler, "monitor", "val/loss") if isinstance(scheduler, ReduceLROnPlateau) else None
+
+
+def step_epoch_scheduler(scheduler: Any, logged: Mapping[str, Tensor]) -> None:
+    """Step a scheduler at the end of an epoch.
+
+    Raises:
+        ValueError: If a plateau scheduler watches a value that was not logged.
+    """
+    watched = monitored(scheduler)
+    if watched is None:
+        scheduler.step()
+    elif watched in logged:
+        scheduler.step(logged[watched])
+    else:
+        raise ValueError(f"lr_scheduler watches {watched!r}, which was not logged; there are {sorted(logged)}")
