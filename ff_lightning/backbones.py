@@ -1,16 +1,25 @@
-"""Networks by name: torchvision's, and a plain convolutional one."""
+"""Networks by name: torchvision's, timm's, and a plain one; with their weights, and adapted to small images."""
 
+import importlib.util
+import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision import models
 
+from ff_lightning.partition.features import read_features
 from ff_lightning.suggest import unknown
 
+log = logging.getLogger(__name__)
+
 Stem = Literal["standard", "small"]
+
+_REDUCTION = 8  # of a small stem: 32 pixels become maps of 4 x 4
 
 
 def cnn(num_classes: int = 10, in_channels: int = 3, width: int = 32) -> nn.Sequential:
@@ -35,54 +44,157 @@ def cnn(num_classes: int = 10, in_channels: int = 3, width: int = 32) -> nn.Sequ
     return nn.Sequential(layers)
 
 
-def build_backbone(name: str, num_classes: int, input_shape: Sequence[int], stem: Stem = "standard") -> nn.Module:
+def build_backbone(
+    name: str,
+    num_classes: int,
+    input_shape: Sequence[int],
+    stem: Stem = "standard",
+    weights: str | None = None,
+) -> nn.Module:
     """Build a network by its name, fit for images of a shape.
 
     Args:
-        name: ``"cnn"`` or the name of a torchvision classification model.
+        name: ``"cnn"``, the name of a torchvision classification model, or ``"timm/NAME"`` where timm is installed.
         num_classes: Outputs of the classifier.
         input_shape: (C, H, W) of an image; only C matters here.
         stem: ``"small"``: see `small_stem`.
+        weights: ``"DEFAULT"`` or another name of torchvision's weights for the model, or the path of a state dict.
 
     Raises:
-        ValueError: If the name is not known.
+        ValueError: If the name or the weights are not known, or the weights do not fit.
     """
-    known = ["cnn", *models.list_models(module=models)]
-    if name not in known:
-        raise ValueError(unknown("backbone", name, known, "'cnn', the name of a torchvision model, or an nn.Module"))
-    if name == "cnn":
-        model: nn.Module = cnn(num_classes, in_channels=input_shape[0])
-    else:
-        extra = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-        model = models.get_model(name, weights=None, num_classes=num_classes, **extra)
-        first_name, first = _first_convolution(model)
-        if first.in_channels != input_shape[0]:
-            _replace(model, first_name, _like(first, in_channels=input_shape[0]))
+    model = _build(name, num_classes)
+    if weights is not None:
+        load_weights(model, _read_weights(name, weights))
+    first_name, first = _first_convolution(model)
+    if first is not None and first.in_channels != input_shape[0]:
+        _replace(model, first_name, _like(first, in_channels=input_shape[0]))
+        if weights is not None:
+            log.warning("%s starts anew: the images have %d channels", first_name, input_shape[0])
     return small_stem(model) if stem == "small" else model
 
 
-def small_stem(model: nn.Module) -> nn.Module:
-    """Make the first convolution of a network keep the resolution, and drop the pooling behind it; for 32 pixels.
+def _build(name: str, num_classes: int) -> nn.Module:
+    known = ["cnn", *models.list_models(module=models)]
+    if name == "cnn":
+        return cnn(num_classes)
+    if name in known:
+        plain = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+        return models.get_model(name, weights=None, num_classes=num_classes, **plain)
+    if name.startswith("timm/"):
+        if importlib.util.find_spec("timm") is None:
+            raise ValueError(f"backbone={name!r} needs timm: pip install 'ff-lightning[timm]'")
+        timm: Any = importlib.import_module("timm")
+        if name[5:] not in timm.list_models():
+            raise ValueError(
+                unknown("backbone", name, [f"timm/{model}" for model in timm.list_models()], "a timm model")
+            )
+        return timm.create_model(name[5:], pretrained=False, num_classes=num_classes)
+    raise ValueError(
+        unknown("backbone", name, known, "'cnn', the name of a torchvision model, 'timm/NAME', or an nn.Module")
+    )
 
-    A 7x7 or other convolution of stride 2 becomes a 3x3 convolution of stride 1; a max-pooling before the second
-    convolution goes. Warns where the network has no such stem.
+
+def _read_weights(name: str, weights: str) -> Mapping[str, Tensor]:
+    """The state dict of torchvision's weights of a name, or of a local file; only tensors are read."""
+    if Path(weights).expanduser().is_file():
+        stored = torch.load(Path(weights).expanduser(), map_location="cpu", weights_only=True)
+        return stored.get("state_dict", stored)
+    if name not in models.list_models(module=models):
+        raise ValueError(f"weights={weights!r} is no file, and torchvision has no weights for {name!r}")
+    offered = models.get_model_weights(name)
+    if weights not in offered.__members__:
+        names = list(offered.__members__)
+        raise ValueError(unknown("weights", weights, names, f"the path of a state dict, or one of {names}"))
+    return offered[weights].get_state_dict(progress=True, check_hash=True, weights_only=True)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict of the same network; its classifier may be one for other classes and then starts anew.
+
+    Args:
+        model: The network.
+        state: Tensors by name, with or without a common prefix such as ``model.``.
+
+    Raises:
+        ValueError: If any other tensor is missing, has another shape or belongs elsewhere.
     """
-    name, first = _first_convolution(model)
-    if first.stride == (1, 1):
-        warnings.warn(f"stem='small' has no effect: {type(model).__name__} has no strided stem", stacklevel=3)
+    own = model.state_dict()
+    state = _without_prefix(state, own)
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    of_classifier = {f"{layers[-1]}.weight", f"{layers[-1]}.bias"}
+    wrong = [key for key in own if key not in state or own[key].shape != state[key].shape]
+    foreign = [key for key in state if key not in own]
+    if set(wrong) - of_classifier or foreign:
+        first = next(iter([*(set(wrong) - of_classifier), *foreign]))
+        theirs = tuple(state[first].shape) if first in state else "nothing"
+        ours = tuple(own[first].shape) if first in own else "nothing"
+        raise ValueError(
+            f"the weights do not fit {type(model).__name__}: {len(wrong) + len(foreign)} tensors differ, such as "
+            f"{first!r}: {theirs} in the weights, {ours} in the network"
+        )
+    if wrong:
+        log.warning("the classifier %s starts anew: the weights were made for other classes", layers[-1])
+    model.load_state_dict({key: own[key] if key in wrong else state[key] for key in own})
+
+
+def _without_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Take a common prefix away, such as the one of a LightningModule or of DistributedDataParallel."""
+    first = next(iter(own))
+    prefix = next((key.removesuffix(first) for key in state if key.endswith(f".{first}")), "")
+    if first in state or not prefix:
+        return state
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def small_stem(model: nn.Module) -> nn.Module:
+    """Adapt a network for images of 224 pixels to images of about 32: a stem that keeps the resolution.
+
+    From the front, convolutions lose their stride and poolings go, until the network reduces an image to an eighth of
+    its side (32 pixels to maps of 4 x 4); a first convolution larger than 3x3 becomes a 3x3 one. So ResNets lose the
+    stride and the pooling of the stem, as is usual for CIFAR; MobileNets and EfficientNets lose the strides of the stem
+    and of the first strided block. Warns where the network has no strided stem.
+
+    Raises:
+        ValueError: If the network cannot be traced; see `ff_lightning.partition`.
+    """
+    _, first = _first_convolution(model)
+    if first is None or max(first.stride) == 1:
+        warnings.warn(f"stem='small' has no effect: {type(model).__name__} has no strided stem", stacklevel=4)
         return model
-    _replace(model, name, _like(first, kernel_size=3, stride=1, padding=1))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MaxPool2d):
-            _replace(model, name, nn.Identity())
-            break
-        if isinstance(module, nn.Conv2d) and module.in_channels == first.out_channels:
-            break
-    return model
+    size = 128
+    example = torch.zeros(1, first.in_channels, size, size)
+    while True:
+        features = read_features(model, example)
+        sides = {
+            features.input: size,
+            **{op.node: op.shape[-1] for op in features.ops if op.shape and len(op.shape) == 4},
+        }
+        if size <= _REDUCTION * min(side for side in sides.values() if side > 1):  # 1: pooled values, not a map
+            return model
+        strided: dict[int, list[str]] = {}
+        for op in features.ops:
+            if op.node.op == "call_module" and _stride(model.get_submodule(str(op.node.target))) > 1:
+                strided.setdefault(sides[op.node.all_input_nodes[0]], []).append(str(op.node.target))
+        for name in strided[max(strided)]:  # a shortcut beside a strided convolution is at the same resolution
+            module = model.get_submodule(name)
+            if not isinstance(module, nn.Conv2d):
+                _replace(model, name, nn.Identity())
+            elif module is first and max(module.kernel_size) > 3:
+                _replace(model, name, _like(module, kernel_size=3, stride=1, padding=1))
+            else:
+                module.stride = (1, 1)
 
 
-def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
-    return next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+def _stride(module: nn.Module) -> int:
+    if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+        return module.stride if isinstance(module.stride, int) else max(module.stride)
+    return 1
+
+
+def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | None]:
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return next(found, ("", None))
 
 
 def _like(convolution: nn.Conv2d, **changes: int) -> nn.Conv2d:

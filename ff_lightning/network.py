@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, H x W positions, K classes, L blocks.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast, get_args
@@ -170,6 +171,20 @@ class LocalNet(nn.Module):
     def loss(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """The sum of the local losses, as one scalar for any ordinary training loop; see `delivered_losses`."""
         return self.delivered_losses(x, y, scaler).sum()
+
+    def backbone_state_dict(self) -> dict[str, Tensor]:
+        """The weights of all blocks under the names of the model they were made of; its classifier is not among them.
+
+        ``model.load_state_dict(net.backbone_state_dict(), strict=False)`` takes them to another model of its kind.
+        """
+        return {key: value for block in self.blocks for key, value in cast(Block, block).body.state_dict().items()}
+
+    def export(self) -> nn.Module:
+        """A copy for prediction: images (B, C, H, W) -> scores (B, K), in eval mode, nothing to train.
+
+        It is a plain module that goes through `torch.export.export` and `torch.onnx.export`.
+        """
+        return copy.deepcopy(self).eval().requires_grad_(False)
 
     def block_parameters(self, k: int) -> list[nn.Parameter]:
         """The trainable parameters of block k and its head."""

@@ -17,11 +17,12 @@ class BlockTable(Callback):
         if not trainer.is_global_zero or not hasattr(net, "heads"):
             return
         table = Table(title=f"{len(net.blocks)} blocks, each with a local loss")
-        for column in ("block", "module", "features", "parameters", "of its head"):
+        for column in ("block", "module", "features", "parameters", "of its head", "kept / image"):
             table.add_column(column, justify="left" if column in ("block", "module") else "right")
         for k, (block, head) in enumerate(zip(net.blocks, net.heads, strict=True)):
             shape = " x ".join(map(str, block.map_shape))
-            table.add_row(f"{k:02d}", block.name, shape, f"{_size(block):,}", f"{_size(head):,}")
+            sizes = f"{_size(block):,}", f"{_size(head):,}", f"{block.saved_bytes / 1024:,.0f} KiB"
+            table.add_row(f"{k:02d}", block.name, shape, *sizes)
         Console().print(table)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -16,6 +16,8 @@ class EndToEnd(nn.Module):
 
     Args:
         model: Network from images (B, C, H, W) to scores (B, K).
+        weights: To start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of a
+            state dict, whose classifier may be one for other classes.
         label_smoothing: Share of the target that is spread evenly over all classes.
     """
 
@@ -74,8 +76,9 @@ class Backprop(LocalLearner):
         num_classes: int | None = None,
         input_shape: tuple[int, int, int] | None = None,
         stem: Stem = "standard",
+        weights: str | None = None,
         label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
-        self.set_network(EndToEnd(self.build_backbone(backbone, stem), label_smoothing))
+        self.set_network(EndToEnd(self.build_backbone(backbone, stem, weights), label_smoothing))

@@ -74,6 +74,7 @@ class LocalLearner(LightningModule):
             warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
             self.save_hyperparameters()
         plain = make_plain(self.hparams)
+        plain.pop("weights", None)  # where the run began; a checkpoint has weights of its own
         self.hparams.clear()
         self.save_hyperparameters(plain)
         self.num_classes = cast(int, num_classes)
@@ -86,10 +87,12 @@ class LocalLearner(LightningModule):
         self.clip_norm = clip_norm
         self.accumulate = accumulate
 
-    def build_backbone(self, backbone: str | nn.Module, stem: Stem) -> nn.Module:
+    def build_backbone(self, backbone: str | nn.Module, stem: Stem, weights: str | None) -> nn.Module:
         """The network itself, or the one of this name for the shape of the images; see `ff_lightning.backbones`."""
         if isinstance(backbone, str):
-            return build_backbone(backbone, self.num_classes, self.input_shape, stem)
+            return build_backbone(backbone, self.num_classes, self.input_shape, stem, weights)
+        if weights is not None:
+            raise ValueError(f"weights={weights!r}: load them into the backbone that you give, with load_state_dict")
         if stem != "standard":
             warnings.warn(f"stem={stem!r} has no effect on a backbone that is given as a module", stacklevel=3)
         return backbone

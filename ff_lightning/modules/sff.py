@@ -24,7 +24,10 @@ class SFF(LocalLearner):
         num_classes: K. The command line takes it from the data.
         input_shape: (C, H, W) of an image; None: (3, 32, 32). The command line takes it from the data.
         stem: ``"small"`` swaps a strided stem and its max-pooling for a 3x3 convolution: for images of 32 pixels.
-        granularity: The units of training: ``"layer"``, ``"block"``, ``"stage"``, or names of modules to cut after.
+        weights: To start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of a
+            state dict, whose classifier may be one for other classes.
+        granularity: The units of training: ``"layer"``, ``"block"``, ``"stage"``, a number of units, or names of
+            modules to cut after.
         head: ``"deep"``, ``"paper"``, or a class such as `GoodnessHead` called with (channels, classes).
         norm: Normalisation between the blocks: ``"layer"``, ``"channel"``, ``"length"`` or ``"none"``.
         vote: How the blocks decide: ``"mean"``, ``"last"`` or ``"log_softmax"``.
@@ -43,6 +46,7 @@ class SFF(LocalLearner):
         num_classes: int | None = None,
         input_shape: tuple[int, int, int] | None = None,
         stem: Stem = "standard",
+        weights: str | None = None,
         granularity: Granularity = "block",
         head: Literal["deep", "paper"] | HeadFactory = "deep",
         norm: Norm = "layer",
@@ -53,7 +57,7 @@ class SFF(LocalLearner):
         super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
         self.set_network(
             LocalNet(
-                self.build_backbone(backbone, stem),
+                self.build_backbone(backbone, stem, weights),
                 self.num_classes,
                 granularity,
                 head if isinstance(head, str) else to_factory("head", head),

@@ -7,18 +7,19 @@ from torch import Tensor, nn
 
 from ff_lightning.partition.block import Block, State, build_blocks
 from ff_lightning.partition.cuts import (
+    balanced_cuts,
     block_cuts,
     keep_shared_together,
     layer_cuts,
     named_cuts,
     stage_cuts,
 )
-from ff_lightning.partition.features import read_features
+from ff_lightning.partition.features import Features, read_features
 from ff_lightning.suggest import unknown
 
 __all__ = ["Block", "Granularity", "State", "partition"]
 
-Granularity = Literal["layer", "block", "stage"] | Sequence[str]
+Granularity = Literal["layer", "block", "stage"] | int | Sequence[str]
 
 _RULES = {"layer": layer_cuts, "block": block_cuts, "stage": stage_cuts}
 
@@ -35,7 +36,8 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Ten
         granularity: ``"layer"``: a unit for each convolution, linear or attention layer with its norm and
             activation, also inside residual blocks, and for each squeeze-excite gate; ``"block"``: a unit for each
             residual, inverted-residual or transformer block, and for each layer outside of them; ``"stage"``: a new
-            unit where the resolution changes; a list of module names: a cut after each of them.
+            unit where the resolution changes; a number: so many units that keep about equally much for backward,
+            made of whole blocks where there are enough of them; a list of module names: a cut after each of them.
         example: An input batch (B, C, H, W), one image is enough. None: a usual shape is tried.
 
     Returns:
@@ -59,5 +61,19 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Ten
             unknown("granularity", granularity, _RULES, f"one of {list(_RULES)} or a list of module names")
         )
     features = read_features(model, example)
-    cuts = _RULES[granularity](features) if isinstance(granularity, str) else named_cuts(features, granularity)
-    return build_blocks(features, keep_shared_together(features, cuts))
+    if isinstance(granularity, int):
+        cuts = _balanced(features, granularity)
+    elif isinstance(granularity, str):
+        cuts = keep_shared_together(features, _RULES[granularity](features))
+    else:
+        cuts = keep_shared_together(features, named_cuts(features, granularity))
+    return build_blocks(features, cuts)
+
+
+def _balanced(features: Features, count: int) -> list[int]:
+    for rule in (block_cuts, layer_cuts):
+        cuts = keep_shared_together(features, rule(features))
+        if 1 <= count <= len(cuts) + 1:
+            costs = [block.saved_bytes for block in build_blocks(features, cuts)]
+            return balanced_cuts(cuts, costs, count)
+    raise ValueError(f"granularity={count}: {type(features.model).__name__} can be cut into 1 to {len(cuts) + 1} units")

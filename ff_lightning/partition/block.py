@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from ff_lightning.memory import saved_for_backward
 from ff_lightning.partition.features import Features, Op
 from ff_lightning.partition.trace import Call, evaluating
 
@@ -27,6 +29,7 @@ class Block(nn.Module):
         body: The operations, as a `torch.fx.GraphModule` over the modules of the original model.
         channel_dim: The dimension of the main output that counts channels.
         map_shape: (C, H, W) of the main output for the example; H counts tokens and W is 1 for a row of tokens.
+        saved_bytes: What autograd keeps of one image for the backward of this block, parameters aside.
     """
 
     def __init__(self, name: str, body: fx.GraphModule, channel_dim: int) -> None:
@@ -35,6 +38,7 @@ class Block(nn.Module):
         self.body = body
         self.channel_dim = channel_dim
         self.map_shape: tuple[int, ...] = ()
+        self.saved_bytes = 0
 
     def forward(self, state: State) -> State:
         """Run the block on the state before it; returns the state behind it."""
@@ -86,7 +90,9 @@ def _run_untouched(block: Block, state: State) -> State:
     """
     values = state if isinstance(state, tuple) else (state,)
     copies = tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
-    result = block(copies if isinstance(state, tuple) else copies[0])
+    with torch.enable_grad(), saved_for_backward(left_out=block.parameters()) as saved:
+        result = _detached(block(copies if isinstance(state, tuple) else copies[0]))
+    block.saved_bytes = saved.peak // len(copies[0])
     graph = block.body.graph
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node, copy in zip(inputs, copies, strict=True):
@@ -97,6 +103,10 @@ def _run_untouched(block: Block, state: State) -> State:
             node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
     block.body.recompile()
     return result
+
+
+def _detached(state: State) -> State:
+    return fx.node.map_aggregate(state, lambda value: value.detach() if isinstance(value, Tensor) else value)
 
 
 def _undivided_calls(features: Features, borders: Sequence[int]) -> dict[str, Call]:

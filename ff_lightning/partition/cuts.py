@@ -8,7 +8,7 @@ pooling stays with the layer before it).
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from torch import nn
 
@@ -42,6 +42,27 @@ def stage_cuts(features: Features) -> list[int]:
     return [cut for cut, before, after in zip(cuts, areas[:-1], areas[1:], strict=True) if before != after]
 
 
+def balanced_cuts(cuts: Sequence[int], costs: Sequence[int], count: int) -> list[int]:
+    """Those of the cuts that leave `count` units, the costliest of which costs as little as can be.
+
+    Args:
+        cuts: The cuts to choose from.
+        costs: What the units between all of these cuts cost, one more than cuts.
+        count: Number of units wanted.
+    """
+    sums = [0, *accumulate(costs)]
+    best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0, [])}  # (units, costs taken) -> (worst, ends)
+    for units in range(1, count + 1):
+        for end in range(units, len(costs) - count + units + 1):
+            best[units, end] = min(
+                (max(worst, sums[end] - sums[start]), [*ends, end])
+                for start in range(units - 1, end)
+                if (previous := best.get((units - 1, start))) is not None
+                for worst, ends in [previous]
+            )
+    return [cuts[end - 1] for end in best[count, len(costs)][1][:-1]]
+
+
 def named_cuts(features: Features, names: Sequence[str]) -> list[int]:
     """A cut after each of the named modules.
 
@@ -56,7 +77,7 @@ def named_cuts(features: Features, names: Sequence[str]) -> list[int]:
         inside = [i for i, op in enumerate(features.ops) if name in op.path]
         if not inside:
             raise ValueError(f"granularity: module {name!r} takes no part in the features of the network")
-        cuts.append(inside[-1] + 1)
+        cuts.append(next(cut for cut in range(inside[-1] + 1, len(features.ops) + 1) if features.can_cut(cut)))
     borders = [0, *cuts, len(features.ops)]
     for name, start, end in zip([*names, "the last cut"], borders, borders[1:], strict=False):
         if not any(op.weights for op in features.ops[start:end]):
@@ -88,7 +109,7 @@ def _covered(i: int, spans: Sequence[Span]) -> bool:
 
 def _narrow(features: Features) -> list[int]:
     """The cuts that a single tensor crosses."""
-    return [cut for cut in range(1, len(features.ops)) if len(features.crossing(cut)) == 1]
+    return [cut for cut in range(1, len(features.ops)) if len(features.crossing(cut)) == 1 and features.can_cut(cut)]
 
 
 def _residual_blocks(features: Features) -> list[Span]:
@@ -190,7 +211,7 @@ def _between(features: Features, anchors: Sequence[Span], allowed: set[int]) -> 
 
     cuts = []
     for (_, end), (start, _) in pairwise(anchors):
-        places = [cut for cut in range(end, start + 1) if cut in allowed]
+        places = [cut for cut in range(end, start + 1) if cut in allowed and features.can_cut(cut)]
         if places:
             cuts.append(min(places, key=preference))
     return cuts

@@ -28,6 +28,7 @@ class Op:
         shape: Shape of its result for the example, or None where the result is not a tensor.
         weights: Its weight tensors of at least two dimensions: what makes it a layer of its own.
         has_state: Whether it has parameters or buffers at all.
+        is_bundle: Whether its result is a tuple of tensors, which cannot cross a border as it is.
     """
 
     node: fx.Node
@@ -36,6 +37,7 @@ class Op:
     shape: tuple[int, ...] | None
     weights: tuple[Tensor, ...]
     has_state: bool
+    is_bundle: bool
 
     @property
     def module_name(self) -> str:
@@ -77,6 +79,11 @@ class Features:
         """The tensors among the values that are alive at a cut."""
         tensors = {self.input, *(op.node for op in self.ops if op.shape is not None)}
         return [node for node in self.alive(cut) if node in tensors]
+
+    def can_cut(self, cut: int) -> bool:
+        """Whether all values that are alive at a cut can cross it by themselves."""
+        bundles = {op.node for op in self.ops if op.is_bundle}
+        return not bundles.intersection(self.alive(cut))
 
     def channel_dim(self, cut: int) -> int:
         """Which dimension of the last tensor before a cut counts channels.
@@ -140,12 +147,12 @@ def read_features(model: nn.Module, example: Tensor | None = None) -> Features:
         module.training = True
     two_faced = frozenset(call for call in {*own[0], *own[1]} if own[0].get(call) != own[1].get(call))
     example = default_example(model, graph) if example is None else example
-    shapes = read_shapes(model, graph, example)
+    shapes, bundles = read_shapes(model, graph, example)
     ops = []
     for node in _flow(graph):
         stack = node.meta.get("nn_module_stack", {})
         weights, has_state = _weights(model, node)
-        ops.append(Op(node, tuple(stack), path(node), shapes.get(node), weights, has_state))
+        ops.append(Op(node, tuple(stack), path(node), shapes.get(node), weights, has_state, node in bundles))
     if not any(op.weights for op in ops):
         raise ValueError(f"{type(model).__name__} has no layer with weights: there is nothing to train")
     end = _end_of_features(model, ops)
@@ -195,15 +202,10 @@ def _end_of_features(model: nn.Module, ops: Sequence[Op]) -> int:
     tail = end
     while tail > 1 and not ops[tail - 1].has_state:
         tail -= 1
-        before, after = ops[tail - 1].shape, ops[tail].shape
-        collapses = (
-            before is not None
-            and after is not None
-            and len(before) > 2
-            and _is_vector(after)
-            and not _is_vector(before)
-        )
-        if collapses or _is_adaptive_pool(model, ops[tail]):
+        before, after = ops[tail - 1].shape or (), ops[tail].shape or ()
+        flattens = len(before) > 2 and len(after) == 2
+        pools = len(before) == 4 and before[2:] != (1, 1) and after[2:] == (1, 1)
+        if flattens or pools or _is_adaptive_pool(model, ops[tail]):
             end = tail
     return end
 
@@ -224,11 +226,6 @@ def _start_of_classifier(model: nn.Module, ops: Sequence[Op]) -> int:
         if inside[0] != layers[0] and (only_dense or named):
             return next(i for i, op in enumerate(ops) if call in op.calls)
     return last
-
-
-def _is_vector(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor has no positions left: (B, C) or (B, C, 1, 1)."""
-    return len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))
 
 
 def _is_adaptive_pool(model: nn.Module, op: Op) -> bool:

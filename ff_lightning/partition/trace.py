@@ -108,6 +108,7 @@ class _ShapeReader(fx.Interpreter):
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.bundles: set[fx.Node] = set()
         self.current: fx.Node | None = None
         self.extra_traceback = False
 
@@ -118,6 +119,8 @@ class _ShapeReader(fx.Interpreter):
             if value.numel() == 0:
                 raise RuntimeError(f"empty map of shape {tuple(value.shape[1:])}")
             self.shapes[n] = tuple(value.shape)
+        elif isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
+            self.bundles.add(n)
         return value
 
 
@@ -134,8 +137,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def read_shapes(model: nn.Module, graph: fx.Graph, example: Tensor) -> dict[fx.Node, tuple[int, ...]]:
-    """Shape of every tensor that the network makes of an example, in evaluation mode.
+def read_shapes(
+    model: nn.Module, graph: fx.Graph, example: Tensor
+) -> tuple[dict[fx.Node, tuple[int, ...]], set[fx.Node]]:
+    """Shape of every tensor that the network makes of an example in evaluation mode, and what is a tuple of tensors.
 
     Raises:
         ValueError: If the example does not pass through the network; the module that failed is named.
@@ -151,7 +156,7 @@ def read_shapes(model: nn.Module, graph: fx.Graph, example: Tensor) -> dict[fx.N
             f"an image of shape {tuple(example.shape[1:])} does not pass through {type(model).__name__}: {where!r} "
             f"failed ({str(error).splitlines()[0]}); give images of another size, or a network made for this one"
         ) from error
-    return reader.shapes
+    return reader.shapes, reader.bundles
 
 
 def default_example(model: nn.Module, graph: fx.Graph) -> Tensor:
