@@ -91,7 +91,12 @@ def _build(name: str, num_classes: int) -> nn.Module:
             )
         return timm.create_model(name[5:], pretrained=False, num_classes=num_classes)
     raise ValueError(
-        unknown("backbone", name, known, "'cnn', the name of a torchvision model, 'timm/NAME', or an nn.Module")
+        unknown(
+            "backbone",
+            name,
+            known,
+            "'cnn', the name of a torchvision model, 'timm/NAME', or an nn.Module (in YAML: class_path and init_args)",
+        )
     )
 
 

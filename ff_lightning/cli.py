@@ -2,8 +2,10 @@
 
 import inspect
 import logging
+import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from ff_lightning.callbacks import BlockTable
 from ff_lightning.modules import LocalLearner
 from ff_lightning.suggest import closest
 
+_PACKAGE = Path(__file__).parent
 _FROM_DATA = ("num_classes", "input_shape")
 
 
@@ -29,8 +32,7 @@ class _Parser(LightningArgumentParser):
         classes = [*modules.__all__, *data.__all__]
         for name, option in re.findall(r"dot import path string: (\S+)|Option '(\S+)' is not accepted", message):
             message += closest(name, classes) if name else closest(option, _argument_names(classes))
-        program = self.prog.replace(" [options]", "")
-        sys.stderr.write(f"error: {message}\nTry '{program} --help' or '{program} --model.help CLASS'\n")
+        sys.stderr.write(f"error: {message}\nTry 'ff-lightning fit --help' or 'ff-lightning fit --model.help SFF'\n")
         raise SystemExit(2)
 
 
@@ -91,10 +93,28 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has done it, without overruling the command line."""
 
+    def instantiate_classes(self) -> None:
+        """Answer an argument that the package itself refuses in one line, without the parser's pages around it."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            refusal = _own_refusal(error)
+            if refusal is None:
+                raise
+            sys.stderr.write(f"error: {refusal}\n")
+            raise SystemExit(2) from error
+
     def before_fit(self) -> None:
         """Follow the learning rates, where there is a logger for them."""
         if self.trainer.loggers:
             cast(Any, self.trainer).callbacks.append(LearningRateMonitor(logging_interval="step"))
+
+    def before_test(self) -> None:
+        """Say so where there is nothing to test."""
+        if not self.config[self.subcommand].get("ckpt_path"):
+            warnings.warn("no --ckpt_path was given: these are the results of an untrained network", stacklevel=1)
+
+    before_validate = before_predict = before_test
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -103,6 +123,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: What follows ``ff-lightning`` on the command line. None: the command line of the process.
     """
+    sys.path.insert(0, os.getcwd())  # the user's own classes, as with python -m
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message="The dirpath has changed from")  # every test writes a folder of its own
@@ -115,12 +136,22 @@ def main(args: Sequence[str] | None = None) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [BlockTable(), last]},
+        trainer_defaults={"callbacks": [BlockTable(), last], "enable_model_summary": False},
         save_config_kwargs={"overwrite": True},
         parser_class=_Parser,
         parser_kwargs={"version": __version__},
         args=None if args is None else list(args),
     )
+
+
+def _own_refusal(error: BaseException | None) -> BaseException | None:
+    """The error in the chain of causes that this package raised itself."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, ValueError | OSError) and frames and Path(frames[-1].filename).is_relative_to(_PACKAGE):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _argument_names(classes: list[str]) -> set[str]:

@@ -156,9 +156,45 @@ def test_wrong_names_are_answered_with_close_ones(args, message):
         run("fit", *args)
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.lr", "-1"], "error: lr=-1.0: must be above 0"),
+        (["--model.backbone", "resnet81"], "error: backbone='resnet81' is not known.*did you mean 'resnet18'"),
+        (["--model.granularity", "[conv9]"], "error: granularity='conv9'.*did you mean"),
+        (["--data", "ImageFolder", "--data.root", "nowhere"], "error: root='nowhere' must hold a folder 'train'"),
+    ],
+)
+def test_a_refused_value_is_answered_in_one_line(args, message):
+    with pytest.raises(SystemExit, match=message) as answer:
+        run("fit", *args)
+    assert len([line for line in str(answer.value).splitlines() if "error" in line.lower()]) == 1
+
+
+def test_testing_without_a_checkpoint_warns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="untrained network"):
+        run("test", *QUICK[:8])
+
+
+def test_own_classes_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ownpackage.py").write_text("from ff_lightning.data import Digits\nclass Numbers(Digits):\n    pass\n")
+    run(*DIGITS, "--data", "ownpackage.Numbers")
+    stored = torch.load(checkpoint("."), weights_only=True)
+    assert stored["datamodule_hyper_parameters"]["_class_path"] == "ownpackage.Numbers"
+
+
+def test_resuming_a_longer_run_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*DIGITS)
+    with pytest.raises(ValueError, match="made for 8 steps, this run has 12: resume with the max_epochs of the first"):
+        run(*DIGITS, "--trainer.max_epochs", "3", "--ckpt_path", checkpoint("."))
+
+
 def test_a_value_that_contradicts_the_data_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="num_classes=7 of the model, but Digits has 10"):
+    with pytest.raises(ValueError, match="num_classes=7 of the model, but Digits has 10 classes"):
         run(*DIGITS, "--model.num_classes", "7")
 
 

@@ -140,13 +140,14 @@ def test_missing_folders_and_classes_are_named(image_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must hold a folder 'train'.*it does not exist"):
         data.ImageFolder(str(tmp_path / "nowhere"))
     root = image_folder()
-    (root / "train" / "emu").mkdir()
+    for split in ("train", "val", "test"):
+        (root / split / "emu").mkdir()
     with pytest.raises(FileNotFoundError, match=r"class folder .*train/emu holds no image"):
         data.ImageFolder(str(root))
     Image.new("RGB", (16, 16)).save(root / "train" / "emu" / "0.png")
-    module = data.ImageFolder(str(root))
-    with pytest.raises(FileNotFoundError, match=r"same classes, but differ in \['emu'\]"):
-        module.setup("fit")
+    (root / "val" / "emu").rmdir()
+    with pytest.raises(FileNotFoundError, match=r"images/val and .*/train must hold the same classes.*\['emu'\]"):
+        data.ImageFolder(str(root))
 
 
 @pytest.mark.parametrize(

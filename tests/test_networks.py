@@ -10,6 +10,7 @@ import torch
 from torchvision import models
 
 from ff_lightning import LocalNet, partition
+from tests.conftest import small_net
 
 TABLE = (Path(__file__).parents[1] / "docs/networks.md").read_text()
 ROWS = {
@@ -85,10 +86,10 @@ def test_every_unit_learns(name):
     assert all(len(block.map_shape) == 3 for block in net.blocks)
 
 
-@pytest.mark.parametrize("granularity", ["layer", "block", 3])
-def test_export_runs_without_training_code(granularity, tmp_path):
+@pytest.mark.parametrize(("make", "granularity"), [(small_net, "layer"), (models.mobilenet_v3_small, "block")])
+def test_export_runs_without_training_code(make, granularity, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    net = LocalNet(models.mobilenet_v3_small(), 10, granularity, head="paper", input_shape=(3, 64, 64)).export()
+    net = LocalNet(make(3) if make is small_net else make(), 10, granularity, input_shape=(3, 64, 64)).export()
     x = torch.randn(3, 3, 64, 64)
     expected = net(x)
     assert not any(parameter.requires_grad for parameter in net.parameters())

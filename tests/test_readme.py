@@ -30,9 +30,19 @@ def test_plug_in(tmp_path, served, monkeypatch):
     assert names["model"].net.blocks[1].body.state_dict().keys() <= names["network"].state_dict().keys()
 
 
+def test_load_a_trained_model(make_trainer, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(SFF(backbone=small_net(), num_classes=10, input_shape=(1, 8, 8)), digits)
+    trainer.save_checkpoint("last.ckpt")
+    names = {"SFF": SFF, "network": small_net(), "images": torch.randn(4, 1, 8, 8)}
+    exec(code("load_from_checkpoint"), names)
+    assert names["classes"].shape == (4,)
+
+
 def test_plain_loop():
     images = torch.randn(4, 3, 32, 32)
-    names = {"torch": torch, "network": small_net(3), "images": images, "loader": [(images, torch.arange(4))] * 2}
+    names = {"network": small_net(3), "images": images, "loader": [(images, torch.arange(4))] * 2}
     before = [p.clone() for p in names["network"][:4].parameters()]
     exec(code("net.loss(x, y).backward()"), names)
     assert names["classes"].shape == (4,)
@@ -55,7 +65,7 @@ def test_own_data(make_trainer):
         def __getitem__(self, i):
             return torch.zeros(3, 64, 64, dtype=torch.uint8), self.targets[i]
 
-    names = {"ff_lightning": ff_lightning, "MyDataset": MyDataset}
+    names = {"MyDataset": MyDataset}
     exec(code("class MyImages"), names)
     module = names["MyImages"](batch_size=4, num_workers=0)
     trainer = make_trainer(fast_dev_run=True)

@@ -26,8 +26,14 @@ class BlockTable(Callback):
         Console().print(table)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the accuracies of the last validation."""
+        """Print the accuracies of the last validation, and where the checkpoints are."""
         self._print_accuracies(trainer, pl_module, "val")
+        if trainer.is_global_zero:
+            for callback in trainer.checkpoint_callbacks:
+                path = getattr(callback, "best_model_path", "")
+                if path:
+                    monitor = getattr(callback, "monitor", None)
+                    Console().print(f"best {monitor}:" if monitor else "last:", path, soft_wrap=True, highlight=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the accuracies, where validation is all that was asked for."""

@@ -77,6 +77,8 @@ class ImageData(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = self.default_workers() if num_workers is None else num_workers
         self.image_size = image_size
+        if image_size is not None and hasattr(self, "input_shape"):
+            self.input_shape = (self.input_shape[0], image_size, image_size)
         self.augment = augment
         self.val_fraction = val_fraction
         self.seed = seed

@@ -31,13 +31,12 @@ class CIFAR10(ImageData):
         "ship",
         "truck",
     )
+    input_shape = (3, 32, 32)
     statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
     def __init__(self, download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.download = download
-        size = self.image_size or 32
-        self.input_shape = (3, size, size)
 
     def prepare_data(self) -> None:
         """Download what is not there."""

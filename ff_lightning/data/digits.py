@@ -31,14 +31,13 @@ class Digits(ImageData):
     """
 
     class_names = tuple("0123456789")
+    input_shape = (1, 8, 8)
     flips = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        size = self.image_size or 8
-        if size < 8:
-            raise ValueError(f"image_size={size}: the scans have 8 pixels, give 8 or more")
-        self.input_shape = (1, size, size)
+        if self.input_shape[1] < 8:
+            raise ValueError(f"image_size={self.image_size}: the scans have 8 pixels, give 8 or more")
         train = _images(train=True)
         scale = train.images.float() / 255
         self.statistics = ([scale.mean().item()], [scale.std().item()])

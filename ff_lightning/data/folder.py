@@ -36,7 +36,7 @@ class ImageFolder(ImageData):
     def __init__(self, root: str = "data", **kwargs: Any) -> None:
         super().__init__(root=root, **kwargs)
         self.folders = _folders(Path(root).expanduser())
-        self.class_names = _class_names(self.folders["train"])
+        self.class_names = _class_names(self.folders)
         size = self.image_size or min(_load(_first_image(self.folders["train"] / self.class_names[0])).size)
         self.input_shape = (3, size, size)
 
@@ -57,14 +57,7 @@ class ImageFolder(ImageData):
         return self._read("test")
 
     def _read(self, split: str) -> Dataset[Sample]:
-        folder = self.folders[split]
-        names = _class_names(folder)
-        if names != self.class_names:
-            differ = sorted(set(names) ^ set(self.class_names))
-            raise FileNotFoundError(
-                f"{folder} and {self.folders['train']} must hold the same classes, but differ in {differ}"
-            )
-        return datasets.ImageFolder(str(folder), loader=_load)
+        return datasets.ImageFolder(str(self.folders[split]), loader=_load)
 
 
 def _folders(root: Path) -> dict[str, Path]:
@@ -83,13 +76,24 @@ def _folders(root: Path) -> dict[str, Path]:
     return folders
 
 
-def _class_names(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if len(names) < 2:
-        raise FileNotFoundError(f"{folder} must hold a folder for each of two or more classes; it holds {names}")
-    for name in names:
-        _first_image(folder / name)
-    return names
+def _class_names(folders: dict[str, Path]) -> list[str]:
+    """Names of the classes, which are the same in all splits, each with an image."""
+    names = {
+        split: sorted(path.name for path in folder.iterdir() if path.is_dir()) for split, folder in folders.items()
+    }
+    if len(names["train"]) < 2:
+        raise FileNotFoundError(
+            f"{folders['train']} must hold a folder for each of two or more classes: {names['train']}"
+        )
+    for split, found in names.items():
+        differ = sorted(set(found) ^ set(names["train"]))
+        if differ:
+            raise FileNotFoundError(
+                f"{folders[split]} and {folders['train']} must hold the same classes, but differ in {differ}"
+            )
+        for name in found:
+            _first_image(folders[split] / name)
+    return names["train"]
 
 
 def _first_image(folder: Path) -> Path:

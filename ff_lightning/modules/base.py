@@ -273,6 +273,10 @@ class LocalLearner(LightningModule):
 
     # ---------------------------------------------------------------------------------------------------------- checks
 
+    def on_train_start(self) -> None:
+        """A schedule that a checkpoint brought must be long enough for this run."""
+        checks.check_schedules(_as_list(self.lr_schedulers()), self)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Check the classes of the first batch; on the CPU the network itself checks every batch."""
         if batch_idx == 0:

@@ -1,13 +1,14 @@
 """What cannot work is said before it is tried: arguments, Trainer flags, data and checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 
-from ff_lightning.modules.schedules import Schedule
+from ff_lightning.modules.schedules import Schedule, total_steps
 from ff_lightning.suggest import unknown
 
 
@@ -58,11 +59,22 @@ def check_data(num_classes: int, input_shape: tuple[int, ...], data: Any) -> Non
     """Raise ValueError if a data module has other classes than the model, or another number of channels."""
     classes, shape = getattr(data, "num_classes", None), getattr(data, "input_shape", None)
     if classes not in (None, num_classes):
-        raise ValueError(f"num_classes={num_classes} of the model, but {type(data).__name__} has {classes}")
+        raise ValueError(f"num_classes={num_classes} of the model, but {type(data).__name__} has {classes} classes")
     if shape is not None and shape[0] != input_shape[0]:
         raise ValueError(
-            f"input_shape={input_shape} of the model, but {type(data).__name__} has images of shape {shape}"
+            f"input_shape={input_shape} of the model, but {type(data).__name__} has images of shape {tuple(shape)}: "
+            f"give the model input_shape={tuple(shape)}"
         )
+
+
+def check_schedules(schedulers: Iterable[Any], module: Any) -> None:
+    """Raise ValueError if a one-cycle schedule, restored from a checkpoint, ends before the run does."""
+    for scheduler in schedulers:
+        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < (wanted := total_steps(module)):
+            raise ValueError(
+                f"lr_scheduler='onecycle' of the checkpoint was made for {scheduler.total_steps} steps, this run has "
+                f"{wanted}: resume with the max_epochs of the first run, or start a new run from its weights"
+            )
 
 
 def check_architecture(own: Mapping[str, Tensor], hparams: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:

@@ -27,7 +27,9 @@ def to_factory(argument: str, value: Any) -> Callable[..., Any]:
         return functools.partial(made, **dict(value.get("init_args") or {}))
     if callable(value):
         return value
-    raise ValueError(f"{argument}={value!r}: give a class, a functools.partial of it, or {{class_path, init_args}}")
+    raise ValueError(
+        f"{argument}={value!r}: give a class such as torch.optim.SGD, a partial of it, or {{class_path, init_args}}"
+    )
 
 
 def make_plain(hparams: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,14 +19,14 @@ def make_scheduler(module: Any, optimizer: Optimizer) -> LRScheduler | ReduceLRO
         return None
     if module.schedule == "onecycle":
         rates = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, max_lr=rates, total_steps=_total_steps(module))
+        return OneCycleLR(optimizer, max_lr=rates, total_steps=total_steps(module))
     if module.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=_total_steps(module))
+        return CosineAnnealingLR(optimizer, T_max=total_steps(module))
     made: LRScheduler | ReduceLROnPlateau = to_factory("lr_scheduler", module.schedule)(optimizer)
     return made
 
 
-def _total_steps(module: Any) -> int:
+def total_steps(module: Any) -> int:
     """Number of optimizer steps of each block in the whole run."""
     trainer = module.trainer
     steps = trainer.estimated_stepping_batches

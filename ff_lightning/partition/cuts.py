@@ -70,19 +70,23 @@ def named_cuts(features: Features, names: Sequence[str]) -> list[int]:
         ValueError: If a name is not in the model or not in its feature part, or if a unit would be empty.
     """
     known = [name for name, _ in features.model.named_modules() if name]
-    cuts = []
+    if not names:
+        raise ValueError("granularity=[]: give the names of one or more modules to cut after")
+    cuts: list[int] = []
     for name in names:
         if name not in known:
-            raise ValueError(unknown("granularity", name, known, "a list of names of modules of the network"))
+            raise ValueError(
+                unknown("granularity", name, known, f"names of modules of the network, such as {known[:8]}")
+            )
         inside = [i for i, op in enumerate(features.ops) if name in op.path]
         if not inside:
             raise ValueError(f"granularity: module {name!r} takes no part in the features of the network")
         cuts.append(next(cut for cut in range(inside[-1] + 1, len(features.ops) + 1) if features.can_cut(cut)))
-    borders = [0, *cuts, len(features.ops)]
-    for name, start, end in zip([*names, "the last cut"], borders, borders[1:], strict=False):
-        if not any(op.weights for op in features.ops[start:end]):
-            where = f"before the cut after {name!r}" if end != len(features.ops) else f"after {names[-1]!r}"
-            raise ValueError(f"granularity={list(names)}: the unit {where} is empty, it has no layer with weights")
+    for name, start, end in zip(names, [0, *cuts], cuts, strict=False):
+        if not _layers(features.ops[start:end]):
+            raise ValueError(f"granularity={list(names)}: leave out {name!r}, the unit before its cut has no layer")
+    if not _layers(features.ops[cuts[-1] :]):
+        raise ValueError(f"granularity={list(names)}: leave out {names[-1]!r}, the unit after its cut has no layer")
     return cuts
 
 

@@ -154,7 +154,7 @@ def read_shapes(
         where = (path(reader.current) or (reader.current.name,))[-1]
         raise ValueError(
             f"an image of shape {tuple(example.shape[1:])} does not pass through {type(model).__name__}: {where!r} "
-            f"failed ({str(error).splitlines()[0]}); give images of another size, or a network made for this one"
+            f"failed ({str(error).splitlines()[0]}); give images of another shape, or a network made for this one"
         ) from error
     return reader.shapes, reader.bundles
 
