@@ -53,14 +53,17 @@ def test_every_config_runs(config, files):
     text = (ROOT / config).read_text()
     assert text.startswith(f"# ff-lightning fit --config {config}")
     method = yaml.safe_load(text)["model"]["class_path"]
-    printed = run("fit", "--config", ROOT / config, *QUICK)
+    quick = [*QUICK, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2]
+    if "imagenette" in str(config):
+        quick += ["--data.root", "data/images", "--data.image_size", 64]
+    printed = run("fit", "--config", ROOT / config, *quick)
     assert "validation accuracy" in printed
     assert "vote" in printed
     path = checkpoint(".")
     stored = torch.load(path, weights_only=True)
-    assert stored["global_step"] == 8
+    assert stored["global_step"] == 2
     assert stored["hyper_parameters"]["_class_path"].endswith(f".{method}")
-    assert "test accuracy" in run("test", "--config", ROOT / config, *QUICK, "--ckpt_path", path)
+    assert "test accuracy" in run("test", *QUICK, "--ckpt_path", path)
 
 
 @pytest.mark.parametrize("overlay", sorted((ROOT / "configs/trainer").glob("*.yaml")), ids=lambda path: path.name)

@@ -1,0 +1,123 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from ff_lightning import SFF, Backprop, partition
+from ff_lightning.backbones import build_backbone, load_weights
+
+IMAGE = (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [
+        ("resnet18", [32, 32, 32, 16, 16, 8, 8, 4, 4]),
+        ("mobilenet_v3_small", [32, 32, 16, 16, 8, 8, 8, 8, 8, 4, 4, 4, 4]),
+        ("regnet_y_400mf", [32, 32, 16, 16, 16, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4]),
+        ("convnext_tiny", [32] * 4 + [16] * 4 + [8] * 10 + [4] * 4),
+    ],
+)
+def test_a_small_stem_leaves_an_eighth_of_the_resolution(name, sides):
+    model = build_backbone(name, 10, IMAGE, stem="small")
+    assert [block.map_shape[1] for block in partition(model, "block", torch.zeros(1, *IMAGE))] == sides
+    assert model(torch.zeros(2, *IMAGE)).shape == (2, 10)
+
+
+def test_a_small_stem_of_a_resnet_is_the_usual_one():
+    model = build_backbone("resnet18", 10, IMAGE, stem="small")
+    assert (model.conv1.kernel_size, model.conv1.stride, model.conv1.padding) == ((3, 3), (1, 1), (1, 1))
+    assert isinstance(model.maxpool, nn.Identity)
+    assert model.layer2[0].conv1.stride == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18", "timm/resnet18"])
+def test_images_with_another_number_of_channels(name):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    assert build_backbone(name, 7, (1, 32, 32))(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+
+
+def saved(tmp_path, state, name="weights.pt"):
+    torch.save(state, tmp_path / name)
+    return str(tmp_path / name)
+
+
+@pytest.mark.parametrize("wrapped", ["plain", "state_dict", "prefix"])
+def test_weights_are_loaded_and_the_classifier_may_be_another(wrapped, tmp_path, caplog):
+    source = models.resnet18(num_classes=1000)
+    state = source.state_dict()
+    prefixed = {f"module.{key}": value for key, value in state.items()}
+    state = {"plain": state, "state_dict": {"state_dict": state}, "prefix": prefixed}
+    with caplog.at_level(logging.WARNING):
+        model = build_backbone("resnet18", 10, IMAGE, weights=saved(tmp_path, state[wrapped]))
+    assert "the classifier fc starts anew" in caplog.text
+    assert model.fc.out_features == 10
+    own = model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in source.state_dict().items() if not key.startswith("fc"))
+
+
+def test_weights_reach_the_blocks_and_a_checkpoint_does_not_need_their_file(tmp_path):
+    source = models.resnet18(num_classes=10)
+    path = saved(tmp_path, source.state_dict())
+    model = SFF(backbone="resnet18", num_classes=10, weights=path)
+    assert torch.equal(model.net.backbone_state_dict()["layer3.0.conv1.weight"], source.layer3[0].conv1.weight)
+    assert torch.equal(
+        Backprop(backbone="resnet18", num_classes=10, weights=path).net.model.fc.weight, source.fc.weight
+    )
+    assert "weights" not in model.hparams
+
+
+def test_weights_by_a_name_of_torchvision(monkeypatch):
+    source = models.resnet18(num_classes=1000)
+    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", lambda self, **kwargs: source.state_dict())
+    model = build_backbone("resnet18", 10, IMAGE, weights="DEFAULT")
+    assert torch.equal(model.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
+
+
+def test_weights_run_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("code was run",)
+
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        build_backbone("resnet18", 10, IMAGE, weights=saved(tmp_path, {"conv1.weight": Evil()}))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("DEFAUL", "weights='DEFAUL' is not known: give the path of a state dict, or one of .*did you mean 'DEFAULT'"),
+        (
+            "resnet34",
+            r"do not fit ResNet: \d+ tensors differ, such as .*nothing in the network",
+        ),
+        ("wide", r"such as 'layer1.0.conv1.weight': \(64, 64, 1, 1\) in the weights, \(64, 64, 3, 3\) in the network"),
+    ],
+)
+def test_weights_that_do_not_fit(weights, message, tmp_path):
+    other = {"resnet34": models.resnet34, "wide": models.resnet50}.get(weights)
+    path = saved(tmp_path, other().state_dict()) if other else weights
+    with pytest.raises(ValueError, match=message):
+        build_backbone("resnet18", 10, IMAGE, weights=path)
+
+
+def test_weights_for_a_module_are_the_users_own_affair():
+    with pytest.raises(ValueError, match="load them into the backbone that you give"):
+        SFF(backbone=nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), num_classes=10, weights="DEFAULT")
+
+
+def test_load_weights_of_the_same_network_changes_everything():
+    one, two = models.resnet18(num_classes=10), models.resnet18(num_classes=10)
+    load_weights(one, two.state_dict())
+    assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+def test_unknown_names():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"backbone='timm/resnet8x'.*give a timm model"):
+        build_backbone("timm/resnet8x", 10, IMAGE)
+    with pytest.raises(ValueError, match="torchvision has no weights for 'cnn'"):
+        build_backbone("cnn", 10, IMAGE, weights="DEFAULT")
