@@ -42,6 +42,7 @@ class LocalNet(nn.Module):
     Attributes:
         blocks: The blocks in order, each with a `name`.
         heads: The head of each block.
+        idle: The parameters that the last `delivered_losses` found without a gradient.
 
     Raises:
         ValueError: If an argument is out of its range or the model cannot be cut; see `ff_lightning.partition`.
@@ -86,6 +87,7 @@ class LocalNet(nn.Module):
         self.input_shape = tuple(input_shape)
         self.blocks = nn.ModuleList(blocks)
         self.heads = nn.ModuleList(make_head(block.map_shape[0], num_classes).to(device) for block in blocks)
+        self.idle: set[nn.Parameter] = set()
         self.criterion = loss if loss is not None else LogSumExpLoss()
         if len(blocks) == 1:
             warnings.warn(
@@ -161,10 +163,12 @@ class LocalNet(nn.Module):
         losses: list[Tensor] = []
         parameters: list[list[nn.Parameter]] = []
         gradients: list[Sequence[Tensor | None]] = []
+        self.idle = set[nn.Parameter]()
         for k, loss in enumerate(self.local_losses(x, y)):
             own = self.block_parameters(k)
             parameters.append(own)
             gradients.append(torch.autograd.grad(loss * scale, own, allow_unused=True) if own else [])
+            self.idle.update(p for p, gradient in zip(own, gradients[-1], strict=True) if gradient is None)
             losses.append(loss.detach())
         return _Deliver.apply(torch.stack(losses), scale, gradients, *(p for own in parameters for p in own))
 

@@ -32,6 +32,7 @@ class EndToEnd(nn.Module):
         return [self]
 
     name = "network"
+    idle: frozenset[nn.Parameter] = frozenset()
 
     def block_parameters(self, k: int) -> list[nn.Parameter]:
         """All trainable parameters."""

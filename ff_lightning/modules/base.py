@@ -8,20 +8,25 @@
       | detached
      ...                                                     vote of all goodnesses -> class
 
+On several processes the gradients of block k are averaged while block k+1 runs, and block k steps after that.
+
 Shapes: B batch, K classes, L blocks.
 """
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ff_lightning.backbones import Stem, build_backbone
+from ff_lightning.distributed import Averaging, broadcast_buffers
 from ff_lightning.modules import checks
 from ff_lightning.modules.factories import make_plain, to_factory
 from ff_lightning.modules.metrics import BlockLosses, BlockScores
@@ -86,6 +91,7 @@ class LocalLearner(LightningModule):
         self.lr_interval = lr_interval
         self.clip_norm = clip_norm
         self.accumulate = accumulate
+        self._idle: set[nn.Parameter] | None = None
 
     def build_backbone(self, backbone: str | nn.Module, stem: Stem, weights: str | None) -> nn.Module:
         """The network itself, or the one of this name for the shape of the images; see `ff_lightning.backbones`."""
@@ -110,23 +116,29 @@ class LocalLearner(LightningModule):
         x, y = batch
         if self.automatic_optimization:
             losses = self.net.delivered_losses(x, y, self._scaler())
+            self._idle = self.net.idle if self._idle is None else self._idle & self.net.idle
             self._report(losses.detach())
             return losses.sum()
         stepping = self._is_last_of_window(batch_idx)
-        local = []
+        local, to_step = [], []
         for k, loss in enumerate(self.net.local_losses(x, y)):
             if loss.requires_grad:
-                self.manual_backward(loss / self.accumulate)
-            if stepping:
-                self._step_block(k)
+                with self._without_ddp_hooks():
+                    self.manual_backward(loss / self.accumulate)
+            if stepping and k in self._optimizer_of_block:
+                to_step.append((k, self._start_averaging(k)))
+                if len(to_step) > self._blocks_in_flight:
+                    self._step_block(*to_step.pop(0))
             local.append(loss.detach())
+        for block in to_step:
+            self._step_block(*block)
         self._report(torch.stack(local))
         return None
 
-    def _step_block(self, k: int) -> None:
+    def _step_block(self, k: int, averaging: Averaging | None) -> None:
         """Step and clear the optimizer of block k; only the last block's step counts as a step of the run."""
-        if k not in self._optimizer_of_block:
-            return
+        if averaging is not None:
+            averaging.wait()
         optimizer = _as_list(self.optimizers())[self._optimizer_of_block[k]]
         if k == max(self._optimizer_of_block):
             optimizer.step()  # counted in trainer.global_step
@@ -137,11 +149,29 @@ class LocalLearner(LightningModule):
         if schedulers and self._schedulers_count_steps:
             schedulers[self._optimizer_of_block[k]].step()
 
+    @property
+    def _blocks_in_flight(self) -> int:
+        """How many blocks may wait for their gradients while the next one runs."""
+        return 1 if self.trainer.world_size > 1 else 0
+
+    def _start_averaging(self, k: int) -> Averaging | None:
+        return Averaging(self.net.block_parameters(k)) if self.trainer.world_size > 1 else None
+
+    def _without_ddp_hooks(self) -> AbstractContextManager[None]:
+        """DistributedDataParallel expects one backward per step: it stays out of ours, and we average by ourselves."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
     def _is_last_of_window(self, batch_idx: int) -> bool:
         return (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients of each block by themselves; mixed precision has unscaled them by now."""
+        for parameter in (
+            self._idle or ()
+        ):  # of all batches of this step: DistributedDataParallel has made zeros of them
+            parameter.grad = None
+        self._idle = None
         if self.clip_norm is not None:
             for group in optimizer.param_groups:
                 nn.utils.clip_grad_norm_(group["params"], self.clip_norm)
@@ -229,9 +259,11 @@ class LocalLearner(LightningModule):
         return losses
 
     def on_validation_start(self) -> None:
-        """A run that went wrong ends here, before its weights are taken for a checkpoint."""
+        """End a run that went wrong before its weights are taken for a checkpoint; make batch norms alike."""
         if self.train_losses.update_called:
             self._finite_losses()
+        if self.trainer.world_size > 1:
+            broadcast_buffers(self.net)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accuracy of each block and of the vote."""
@@ -290,6 +322,7 @@ class LocalLearner(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compare the model with the data."""
+        checks.check_strategy(self.trainer.strategy)
         checks.check_data(self.num_classes, self.input_shape, getattr(self.trainer, "datamodule", None))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

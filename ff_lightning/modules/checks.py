@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -53,6 +54,15 @@ def check_trainer_flags(trainer: Trainer) -> None:
                 f"Trainer({flag}={value}) does not work with optimization='manual': give the model "
                 f"{replacement}={value}, or optimization='automatic'"
             )
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Raise MisconfigurationException for a strategy that spreads the parameters themselves over devices."""
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} does not see the gradients of local losses: train on one device, or with "
+            "strategy='ddp', where each process keeps the activations of one block only"
+        )
 
 
 def check_data(num_classes: int, input_shape: tuple[int, ...], data: Any) -> None:

@@ -1,0 +1,47 @@
+"""Gradients of one block averaged across processes, while the next block already runs."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Averaging:
+    """The gradients of a block on their way through all processes.
+
+    They travel as one flat tensor of the block's size, behind them for each parameter the number of processes that
+    have a gradient for it: a parameter without one anywhere keeps none, so that weight decay does not move it; where
+    only some have one, the others count as zero.
+
+    Args:
+        parameters: The parameters of the block, the same on all processes.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
+        present = parts[0].new_tensor([p.grad is not None for p in parameters])
+        self.flat = torch.cat([*parts, present])
+        self.work = dist.all_reduce(self.flat, async_op=True)
+
+    def wait(self) -> None:
+        """Wait until the averages have arrived, and put them in place."""
+        assert self.work is not None
+        self.work.wait()
+        sizes = [p.numel() for p in self.parameters]
+        *sums, present = self.flat.split([*sizes, len(sizes)])
+        self.flat.div_(dist.get_world_size())
+        for parameter, average, share in zip(self.parameters, sums, present, strict=True):
+            if parameter.grad is not None or share > 0:  # looks at `share`, and waits for the device, only if it must
+                parameter.grad = average.view_as(parameter)
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every process the buffers of the first one: running statistics of batch norms differ between processes."""
+    for buffer in _distinct(module.buffers()):
+        dist.broadcast(buffer, src=0)
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())

@@ -1,0 +1,96 @@
+"""What each of two processes runs for test_ddp.py: torchrun --nproc-per-node 2 -m tests.ddp_worker FOLDER."""
+
+import os
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from ff_lightning import SFF, data
+from ff_lightning.goodness import GoodnessHead
+from tests.conftest import small_net
+
+SAMPLES, BATCH = 64, 4  # images; per process
+
+
+class Unused(nn.Module):
+    """A convolution with a weight that no loss reaches."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.idle = nn.Conv2d(channels, channels, 3, padding=1), nn.Parameter(torch.ones(3, 3))
+
+    def forward(self, x):
+        return self.conv(x).relu()
+
+
+def plain_head(channels, classes):
+    return GoodnessHead(channels, classes, depth=0)
+
+
+def images():
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(SAMPLES, 1, 8, 8, generator=generator), torch.arange(SAMPLES) % 10)
+
+
+def make(name):
+    """The model of a scenario."""
+    torch.manual_seed(0)
+    norm = name.startswith("norm")
+    network = nn.Sequential(*small_net(norm=norm)[:4], Unused(4)) if name.startswith("unused") else small_net(norm=norm)
+    arguments = {
+        "optimization": "automatic" if name.endswith("automatic") else "manual",
+        "accumulate": 2 if name == "accumulate" else 1,
+        "clip_norm": 0.1 if name.startswith("clip") else None,
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"weight_decay": 0.5}},
+        "lr": 0.01,
+    }
+    return SFF(backbone=network, num_classes=10, input_shape=(1, 8, 8), head=plain_head, **arguments)
+
+
+def trainer(**settings):
+    return pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, **settings,
+    )  # fmt: skip
+
+
+SCENARIOS = ["manual", "automatic", "accumulate", "clip", "clip_automatic", "unused", "unused_automatic", "norm"]
+
+
+def main(folder):
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    for name in SCENARIOS:
+        model = make(name)
+        sampler = DistributedSampler(images(), num_replicas=2, rank=rank, shuffle=False)
+        loader = DataLoader(images(), batch_size=BATCH, sampler=sampler)
+        sent = 0
+        plain = dist.all_reduce
+
+        def counting(tensor, *args, plain=plain, **kwargs):
+            nonlocal sent
+            sent += tensor.numel() * tensor.element_size()
+            return plain(tensor, *args, **kwargs)
+
+        dist.all_reduce = counting
+        run = trainer(strategy="ddp", devices=2)
+        run.fit(model, loader, DataLoader(images(), batch_size=BATCH, sampler=sampler))
+        dist.all_reduce = plain
+        result = {"weights": model.state_dict(), "steps": run.global_step, "sent": sent}
+        result["logged"] = {key: value.clone() for key, value in run.callback_metrics.items()}
+        torch.save(result, folder / f"{name}-{rank}.pt")
+    module = data.Digits(batch_size=7)
+    model = SFF(num_classes=10, input_shape=(1, 8, 8))
+    run = trainer(strategy="ddp", devices=2)
+    run.test(model, module, verbose=False)
+    samples = len(module.test_dataloader().sampler)
+    torch.save({"samples": samples, "acc": run.callback_metrics["test/acc"]}, folder / f"test-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

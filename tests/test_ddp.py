@@ -1,0 +1,88 @@
+"""Two processes with stock `strategy="ddp"` against one process with the joined batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import FSDPStrategy
+from torch.utils.data import DataLoader
+
+from ff_lightning.modules import checks
+from tests import ddp_worker
+
+pytestmark = pytest.mark.ddp
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Everything that the two processes found, one file for each scenario and process."""
+    where = tmp_path_factory.mktemp("ddp")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.ddp_worker", str(where)],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return where
+
+
+def ranks(folder, name):
+    return [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)]
+
+
+def alone(name):
+    """The same scenario in one process, with the batches of both joined."""
+    model = ddp_worker.make(name)
+    loader = DataLoader(ddp_worker.images(), batch_size=2 * ddp_worker.BATCH)
+    run = ddp_worker.trainer(devices=1)
+    run.fit(model, loader, loader)
+    return model, run
+
+
+@pytest.mark.parametrize("name", ddp_worker.SCENARIOS)
+def test_processes_are_bit_identical(folder, name):
+    one, two = ranks(folder, name)
+    for key, value in one["weights"].items():
+        assert torch.equal(value, two["weights"][key]), key
+
+
+@pytest.mark.parametrize("name", [name for name in ddp_worker.SCENARIOS if name != "norm"])
+def test_two_processes_equal_one_with_the_joined_batch(folder, name):
+    model, run = alone(name)
+    together = ranks(folder, name)[0]
+    assert together["steps"] == run.global_step
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(together["weights"][key], value, atol=1e-6, rtol=1e-4, msg=key)
+    for key in ("train/loss", "val/acc", "val/loss", "val/block01_acc"):
+        torch.testing.assert_close(together["logged"][key], run.callback_metrics[key], atol=1e-5, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", ["unused", "unused_automatic"])
+def test_weight_decay_leaves_idle_parameters_alone(folder, name):
+    assert torch.equal(ranks(folder, name)[0]["weights"]["net.blocks.3.body.4.idle"], torch.ones(3, 3))
+
+
+def test_each_step_sends_the_gradients_of_one_model(folder):
+    model = ddp_worker.make("manual")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    counts = 4 * len(list(model.parameters()))  # which of them have a gradient
+    for name, steps in (("manual", 16), ("accumulate", 8)):
+        result = ranks(folder, name)[0]
+        assert result["steps"] == steps
+        metrics = result["sent"] - steps * (size + counts)
+        assert 0 <= metrics < 0.02 * result["sent"], "what is left are the metrics"
+
+
+def test_every_test_sample_counts_once(folder):
+    one, two = ranks(folder, "test")
+    assert one["samples"] + two["samples"] == 360
+    assert one["acc"] == two["acc"]
+    assert float(one["acc"]) * 360 == pytest.approx(round(float(one["acc"]) * 360), abs=1e-3)
+
+
+def test_strategies_that_spread_parameters_are_refused():
+    with pytest.raises(MisconfigurationException, match="FSDPStrategy does not see the gradients of local losses"):
+        checks.check_strategy(FSDPStrategy())
