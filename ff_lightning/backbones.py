@@ -130,8 +130,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     of_classifier = {f"{layers[-1]}.weight", f"{layers[-1]}.bias"}
     wrong = [key for key in own if key not in state or own[key].shape != state[key].shape]
     foreign = [key for key in state if key not in own]
-    if set(wrong) - of_classifier or foreign:
-        first = next(iter([*(set(wrong) - of_classifier), *foreign]))
+    misfits = [*(key for key in wrong if key not in of_classifier), *foreign]
+    if misfits:
+        first = misfits[0]
         theirs = tuple(state[first].shape) if first in state else "nothing"
         ours = tuple(own[first].shape) if first in own else "nothing"
         raise ValueError(

@@ -12,9 +12,12 @@ from ff_lightning.cli import main
 from tests.test_data import write_cifar
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(
-    path.relative_to(ROOT) for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "trainer"
-)
+FAST = ("digits_cnn", "folder_resnet18", "cifar10_mobilenet_v3_small")
+CONFIGS = [
+    pytest.param(path.relative_to(ROOT), marks=[] if path.stem in FAST else pytest.mark.slow)
+    for path in sorted((ROOT / "configs").glob("*/*.yaml"))
+    if path.parent.name != "trainer"
+]
 QUICK = [
     *("--config", str(ROOT / "configs/trainer/cpu.yaml"), "--config", str(ROOT / "configs/trainer/debug.yaml")),
     *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--data.batch_size", "4"),

@@ -44,7 +44,17 @@ def features_of(name, model, x):
     return kept[0].relu() if name.startswith("densenet") else kept[0]
 
 
-@pytest.mark.parametrize("name", ROWS)
+FAST = (
+    "resnet18",
+    "mobilenet_v3_small",
+    "efficientnet_b0",
+    "shufflenet_v2_x1_0",
+    "swin_t",
+    "timm/vit_tiny_patch16_224",
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in ROWS])
 def test_units_in_order_equal_the_network(name):
     model, size = build(name)
     x = torch.randn(2, 3, size, size)
@@ -86,7 +96,10 @@ def test_every_unit_learns(name):
     assert all(len(block.map_shape) == 3 for block in net.blocks)
 
 
-@pytest.mark.parametrize(("make", "granularity"), [(small_net, "layer"), (models.mobilenet_v3_small, "block")])
+@pytest.mark.parametrize(
+    ("make", "granularity"),
+    [(small_net, "layer"), pytest.param(models.mobilenet_v3_small, "block", marks=pytest.mark.slow)],
+)
 def test_export_runs_without_training_code(make, granularity, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     net = LocalNet(make(3) if make is small_net else make(), 10, granularity, input_shape=(3, 64, 64)).export()

@@ -167,9 +167,7 @@ class LocalLearner(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients of each block by themselves; mixed precision has unscaled them by now."""
-        for parameter in (
-            self._idle or ()
-        ):  # of all batches of this step: DistributedDataParallel has made zeros of them
+        for parameter in self._idle or ():  # in all batches of this step; DDP has made zeros of them
             parameter.grad = None
         self._idle = None
         if self.clip_norm is not None:
