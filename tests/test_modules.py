@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -330,6 +331,46 @@ def test_small_stem_keeps_the_resolution():
     assert small.net.blocks[0].map_shape == (64, 32, 32)
     with pytest.warns(UserWarning, match="stem='small' has no effect"):
         SFF(**SHAPE, stem="small")
+
+
+def half_precision(scaler):
+    """Mixed precision with a gradient scaler, on the CPU."""
+    return MixedPrecision("16-mixed", "cpu", scaler)
+
+
+def test_one_gradient_scaler_serves_all_blocks(make_trainer, digits):
+    class Overflowing(SFF):
+        def on_before_optimizer_step(self, optimizer):
+            self.scales.append(self.trainer.precision_plugin.scaler.get_scale())
+            super().on_before_optimizer_step(optimizer)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+    model = make(Overflowing)
+    model.scales = []
+    trainer = make_trainer(max_epochs=1, limit_train_batches=5, plugins=half_precision(scaler))
+    trainer.fit(model, digits)
+    assert model.scales == [2.0**8] * 6 + [2.0**9] * 6 + [2.0**10] * 3, "renewed once a batch, not once a block"
+    assert trainer.global_step == 5
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_an_overflow_skips_its_block_and_halves_the_scale(make_trainer, digits):
+    class Overflowing(SFF):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.before = weights(self)
+
+        def manual_backward(self, loss):
+            super().manual_backward(loss)
+            weight = self.net.blocks[1].body.get_submodule("2").conv1.weight
+            if weight.grad is not None:
+                weight.grad.fill_(torch.inf)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    model = make(Overflowing)
+    make_trainer(max_epochs=1, limit_train_batches=1, plugins=half_precision(scaler)).fit(model, digits)
+    moved = {key.split(".")[2] for key, value in model.named_parameters() if not torch.equal(value, model.before[key])}
+    assert moved == {"0", "2"}, "blocks 0 and 2 stepped, block 1 did not"
+    assert scaler.get_scale() == 2.0**7
 
 
 def test_learning_rates_are_monitored(make_trainer, digits, tmp_path):

@@ -140,10 +140,15 @@ class LocalLearner(LightningModule):
         if averaging is not None:
             averaging.wait()
         optimizer = _as_list(self.optimizers())[self._optimizer_of_block[k]]
+        scaler = self._scaler()
         if k == max(self._optimizer_of_block):
-            optimizer.step()  # counted in trainer.global_step
-        else:
+            optimizer.step()  # counted in trainer.global_step; in float16 it renews the scale, once for all blocks
+        elif scaler is None:
             self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
+        else:
+            scaler.unscale_(optimizer.optimizer)
+            self.trainer.precision_plugin._after_closure(self, optimizer.optimizer)
+            scaler.step(optimizer.optimizer)
         optimizer.zero_grad()
         schedulers = _as_list(self.lr_schedulers())
         if schedulers and self._schedulers_count_steps:
