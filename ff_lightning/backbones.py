@@ -63,7 +63,7 @@ def build_backbone(
     Raises:
         ValueError: If the name or the weights are not known, or the weights do not fit.
     """
-    model = _build(name, num_classes)
+    model = _build(name, num_classes, input_shape[0])
     if weights is not None:
         load_weights(model, _read_weights(name, weights))
     first_name, first = _first_convolution(model)
@@ -74,10 +74,10 @@ def build_backbone(
     return small_stem(model) if stem == "small" else model
 
 
-def _build(name: str, num_classes: int) -> nn.Module:
+def _build(name: str, num_classes: int, channels: int) -> nn.Module:
     known = ["cnn", *models.list_models(module=models)]
     if name == "cnn":
-        return cnn(num_classes)
+        return cnn(num_classes, channels)
     if name in known:
         plain = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
         return models.get_model(name, weights=None, num_classes=num_classes, **plain)
