@@ -1,10 +1,10 @@
 """Gradients of one block averaged across processes, while the next block already runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 
 class Averaging:
@@ -39,9 +39,5 @@ class Averaging:
 
 def broadcast_buffers(module: nn.Module) -> None:
     """Give every process the buffers of the first one: running statistics of batch norms differ between processes."""
-    for buffer in _distinct(module.buffers()):
+    for buffer in module.buffers():
         dist.broadcast(buffer, src=0)
-
-
-def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return list({id(tensor): tensor for tensor in tensors}.values())

@@ -17,6 +17,7 @@ from ff_lightning.goodness import HEADS, HeadFactory
 from ff_lightning.inference import VOTES
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.partition import Block, Granularity, State, partition
+from ff_lightning.partition.block import main_output
 from ff_lightning.suggest import unknown
 
 Norm = Literal["layer", "channel", "length", "none"]
@@ -120,9 +121,9 @@ class LocalNet(nn.Module):
         try:
             out = block(state)
         except ValueError as error:
-            raise ValueError(f"block {k} ({block.name}), batch of {len(_main(state))}: {error}") from error
+            raise ValueError(f"block {k} ({block.name}), batch of {len(main_output(state))}: {error}") from error
         rest = out[1:] if isinstance(out, tuple) else ()
-        features = _normalise(_main(out), self.norm, block.channel_dim)
+        features = _normalise(main_output(out), self.norm, block.channel_dim)
         outside = features.detach()
         state = (outside, *map(_detach, rest)) if rest else outside
         return state, block.to_map(features)
@@ -233,10 +234,6 @@ def _normalise(h: Tensor, norm: Norm, channel_dim: int) -> Tensor:
     if norm == "length":
         return F.rms_norm(h, h.shape[1:])
     return h
-
-
-def _main(state: State) -> Tensor:
-    return state[0] if isinstance(state, tuple) else state
 
 
 def _detach(value: Any) -> Any:

@@ -1,5 +1,4 @@
 import copy
-import weakref
 
 import pytest
 import torch
@@ -7,6 +6,7 @@ from torch import nn
 
 from ff_lightning import LocalNet
 from ff_lightning.goodness import GoodnessHead
+from ff_lightning.memory import saved_for_backward
 from tests.conftest import Residual, small_net
 
 X, Y = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 5])
@@ -97,20 +97,9 @@ def test_a_gradient_cannot_be_delivered_twice():
 
 def peak_saved_bytes(step):
     """Most bytes that were kept for a backward at any one time."""
-    alive, peak = {}, 0
-
-    def pack(tensor):
-        nonlocal peak
-        key = tensor.untyped_storage().data_ptr()
-        if key not in alive:
-            alive[key] = tensor.untyped_storage().nbytes()
-            weakref.finalize(tensor.untyped_storage(), alive.pop, key, None)
-        peak = max(peak, sum(alive.values()))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_for_backward() as saved:
         step()
-    return peak
+    return saved.peak
 
 
 def deep_net(blocks):

@@ -77,7 +77,7 @@ def build_blocks(features: Features, cuts: Sequence[int]) -> list[Block]:
         block.train(features.model.training)
         with evaluating(block):
             state = _run_untouched(block, state)
-        block.map_shape = tuple(block.to_map(state[0] if isinstance(state, tuple) else state).shape[1:])
+        block.map_shape = tuple(block.to_map(main_output(state)).shape[1:])
         blocks.append(block)
         inputs = outputs
     return blocks
@@ -103,6 +103,11 @@ def _run_untouched(block: Block, state: State) -> State:
             node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
     block.body.recompile()
     return result
+
+
+def main_output(state: State) -> Tensor:
+    """The main output of the block before a border."""
+    return state[0] if isinstance(state, tuple) else state
 
 
 def _detached(state: State) -> State:
