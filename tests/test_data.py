@@ -1,6 +1,7 @@
 import hashlib
 import pickle
 import tarfile
+import types
 
 import numpy as np
 import pytest
@@ -115,7 +116,8 @@ def test_augmentation_changes_training_images_only(image_folder):
     for module in (plain, augmented):
         module.setup("fit")
     assert torch.equal(plain.train_set[0][0], plain.train_set[0][0])
-    assert not torch.equal(augmented.train_set[0][0], augmented.train_set[0][0])
+    assert not torch.equal(augmented.train_set[0, 0][0], augmented.train_set[1, 0][0])
+    assert torch.equal(augmented.train_set[1, 0][0], augmented.train_set[1, 0][0]), "same epoch, same image"
     assert torch.equal(plain.val_set[0][0], augmented.val_set[0][0])
 
 
@@ -233,3 +235,41 @@ def test_real_cifar_folder():
     assert images.shape == (128, 3, 32, 32)
     assert images.abs().max() < 4
     assert labels.unique().numel() == 10
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_where_it_stopped_with_the_same_images(image_folder, workers):
+    def batches(loader):
+        loader.sampler.set_epoch(3)
+        return [torch.cat([x.flatten(), y.float()]) for x, y in loader]
+
+    root = str(image_folder(count=20))
+    module = data.ImageFolder(root, batch_size=4, num_workers=0)
+    module.setup("fit")
+    whole = batches(module.train_dataloader())
+    module.num_workers = workers
+    loader = module.train_dataloader()
+    loader.load_state_dict({"given": 7})
+    rest, following = batches(loader), batches(loader)
+    assert len(whole) == 10
+    assert torch.equal(torch.stack(rest), torch.stack(whole[7:]))
+    assert torch.equal(torch.stack(following), torch.stack(whole)), "the next epoch is whole again"
+
+
+def test_reading_does_not_touch_the_random_numbers_of_the_model(image_folder):
+    module = data.ImageFolder(str(image_folder()), batch_size=4, num_workers=0)
+    module.setup("fit")
+    before = torch.get_rng_state()
+    list(module.train_dataloader())
+    list(module.val_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_more_processes_than_images(image_folder):
+    module = data.ImageFolder(str(image_folder()), batch_size=4, num_workers=0)
+    module.setup("fit")
+    module.trainer = types.SimpleNamespace(world_size=50, global_rank=0)
+    with pytest.raises(ValueError, match="20 images for training on 50 processes"):
+        module.train_dataloader()
+    with pytest.raises(ValueError, match="20 images for evaluation on 50 processes"):
+        module.val_dataloader()

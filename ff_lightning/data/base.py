@@ -4,8 +4,10 @@ A data set says how its training and its test images are read; validation is alw
 a seed of its own, and the test images are touched by ``test`` and ``predict`` alone.
 """
 
+import itertools
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -120,7 +122,7 @@ class ImageData(LightningDataModule):
                 self.val_set: Dataset[Sample] = _Prepared(images, held_out, self.eval_transform())
             else:
                 self.val_set = _Prepared(val_images, None, self.eval_transform())
-            self.train_set: Dataset[Sample] = _Prepared(images, chosen, self.train_transform())
+            self.train_set: Dataset[Sample] = _Augmented(images, chosen, self.train_transform(), self._shuffle_seed())
         else:
             self.test_set: Dataset[Sample] = _Prepared(self.read_test(), None, self.eval_transform())
 
@@ -161,11 +163,10 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
         """Shuffled anew each epoch, the same way in a run that was resumed; the last partial batch is left out."""
+        self._check_world(self.train_set, "training")
         full = len(cast(Any, self.train_set)) >= self.batch_size * self._world()[0]
-        sampler: DistributedSampler[Sample] = DistributedSampler(
-            self.train_set, *self._world(), shuffle=True, seed=self._shuffle_seed(), drop_last=full
-        )
-        return self._loader(self.train_set, sampler, drop_last=full)
+        sampler = EpochSampler(self.train_set, *self._world(), seed=self._shuffle_seed(), drop_last=full)
+        return self._loader(ResumableLoader, self.train_set, sampler, drop_last=full)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
         """Every validation image once, also over several processes."""
@@ -180,10 +181,19 @@ class ImageData(LightningDataModule):
         return self._eval_loader(self.test_set)
 
     def _eval_loader(self, images: Dataset[Sample]) -> DataLoader[Any]:
-        return self._loader(images, UnrepeatedDistributedSampler(images, *self._world(), shuffle=False))
+        self._check_world(images, "evaluation")
+        return self._loader(DataLoader, images, UnrepeatedDistributedSampler(images, *self._world(), shuffle=False))
 
-    def _loader(self, images: Dataset[Sample], sampler: Any, drop_last: bool = False) -> DataLoader[Any]:
-        return DataLoader(
+    def _check_world(self, images: Any, purpose: str) -> None:
+        if len(images) < self._world()[0]:
+            raise ValueError(
+                f"{len(images)} images for {purpose} on {self._world()[0]} processes: each process needs at least one"
+            )
+
+    def _loader(
+        self, kind: type[DataLoader[Any]], images: Dataset[Sample], sampler: Any, drop_last: bool = False
+    ) -> DataLoader[Any]:
+        return kind(
             images,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -191,6 +201,7 @@ class ImageData(LightningDataModule):
             drop_last=drop_last,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # starting a loader draws from it: not from the one that the model draws from
         )
 
     def _world(self) -> tuple[int, int]:
@@ -200,6 +211,40 @@ class ImageData(LightningDataModule):
     def _shuffle_seed(self) -> int:
         """The seed of `seed_everything`, so that runs with other seeds see other orders, alike on all processes."""
         return int(os.environ.get("PL_GLOBAL_SEED", self.seed))
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Numbers of images, each with its epoch: the augmentation of an image hangs on both and on nothing else."""
+
+    start = 0
+    """Images to leave out of the next epoch, because they were seen before the run was interrupted."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        start, self.start = self.start, 0
+        return ((self.epoch, index) for index in itertools.islice(super().__iter__(), start, None))
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader that goes on in the middle of an epoch: its state is the number of batches that it has given."""
+
+    given = 0
+    resume_at = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # lazy: a Trainer calls iter() before it tells the sampler the epoch
+        self.given, self.resume_at = self.resume_at, 0
+        cast(EpochSampler, self.sampler).start = self.given * cast(int, self.batch_size)
+        for batch in super().__iter__():
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Number of batches given in this epoch."""
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start the next epoch after so many batches."""
+        self.resume_at = state["given"]
 
 
 class _Prepared(Dataset[Sample]):
@@ -216,3 +261,22 @@ class _Prepared(Dataset[Sample]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.images[self.chosen[index]]
         return self.transform(image), int(label)
+
+
+class _Augmented(_Prepared):
+    """The training images; how one is augmented hangs on the seed, the epoch and its number, and on nothing else."""
+
+    def __init__(self, images: Any, chosen: Sequence[int], transform: Any, seed: int) -> None:
+        super().__init__(images, chosen, transform)
+        self.seed = seed
+
+    def __getitem__(self, index: Any) -> tuple[Tensor, int]:
+        """The image with this (epoch, number)."""
+        epoch, number = index if isinstance(index, tuple) else (0, index)
+        generator = torch.default_generator
+        before = generator.get_state()
+        generator.manual_seed(random.Random(f"{self.seed} {epoch} {number}").getrandbits(63))
+        try:
+            return super().__getitem__(number)
+        finally:
+            generator.set_state(before)
