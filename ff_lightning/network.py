@@ -5,7 +5,8 @@ Shapes: B batch, C channels, H x W positions, K classes, L blocks.
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -43,6 +44,8 @@ class LocalNet(nn.Module):
     Attributes:
         blocks: The blocks in order, each with a `name`.
         heads: The head of each block.
+        trained: Numbers of the blocks that are trained; see `train_only`.
+        voters: How many blocks, from the first one, take part in the vote; None: all.
         idle: The parameters that the last `delivered_losses` found without a gradient.
 
     Raises:
@@ -81,13 +84,15 @@ class LocalNet(nn.Module):
             raise ValueError(unknown("head", head, HEADS, f"one of {list(HEADS)} or a function (channels, classes)"))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         blocks = partition(model, granularity, torch.zeros(1, *input_shape, device=device))
-        make_head = HEADS[head] if isinstance(head, str) else head
+        self.make_head = HEADS[head] if isinstance(head, str) else head
         self.num_classes = num_classes
         self.norm = norm
         self.vote = vote
         self.input_shape = tuple(input_shape)
         self.blocks = nn.ModuleList(blocks)
-        self.heads = nn.ModuleList(make_head(block.map_shape[0], num_classes).to(device) for block in blocks)
+        self.heads = nn.ModuleList(self.make_head(block.map_shape[0], num_classes).to(device) for block in blocks)
+        self.trained = frozenset(range(len(blocks)))
+        self.voters: int | None = None
         self.idle: set[nn.Parameter] = set()
         self.criterion = loss if loss is not None else LogSumExpLoss()
         if len(blocks) == 1:
@@ -96,6 +101,63 @@ class LocalNet(nn.Module):
                 "trained by ordinary backpropagation",
                 stacklevel=2,
             )
+
+    def train_only(self, blocks: Iterable[int | str] | None) -> None:
+        """Train only some of the blocks.
+
+        The others run without a graph and in eval mode, so that neither their weights nor their running statistics
+        move; those above the last trained block do not run in training at all.
+
+        Args:
+            blocks: Their numbers or names; None: all blocks.
+
+        Raises:
+            ValueError: If a block does not exist, or if none is left.
+        """
+        names = [cast(str, block.name) for block in self.blocks]
+        wanted = range(len(names)) if blocks is None else [_number(block, names) for block in blocks]
+        if not wanted:
+            raise ValueError(f"train_blocks={blocks!r}: at least one block must be trained")
+        self.trained = frozenset(wanted)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "LocalNet":
+        """Switch the trained blocks to training or evaluation; the others stay in evaluation."""
+        super().train(mode)
+        for k in set(range(len(self.blocks))) - self.trained:
+            self.blocks[k].eval()
+            self.heads[k].eval()
+        return self
+
+    def append(self, name: str, model: nn.Module, granularity: Granularity = "block") -> list[int]:
+        """Put further blocks on top of the network; those below keep their weights.
+
+        Args:
+            name: Of the new part: its blocks are called ``name.…``.
+            model: Network from the normalised features of the last block; it is cut like the first one.
+            granularity: Where to cut it; see `ff_lightning.partition`.
+
+        Returns:
+            The numbers of the new blocks, for `train_only`.
+        """
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        mode = self.training
+        with torch.no_grad():
+            state: State = torch.zeros(1, *self.input_shape, device=device)
+            for k, block in enumerate(self.eval().blocks):
+                state, _ = self._run(k, cast(Block, block), state)
+        added = partition(nn.Sequential(OrderedDict([(name, model)])), granularity, main_output(state))
+        first = len(self.blocks)
+        self.blocks.extend(added)
+        self.heads.extend(self.make_head(block.map_shape[0], self.num_classes).to(device) for block in added)
+        self.trained |= set(range(first, first + len(added)))
+        self.train(mode)
+        return list(range(first, first + len(added)))
+
+    def compile_blocks(self) -> None:
+        """Compile each block and each head by itself, when it runs for the first time."""
+        for module in (*self.blocks, *self.heads):
+            module.compile()
 
     def local_features(self, x: Tensor) -> Iterator[Tensor]:
         """The normalised features (B, C, H, W) of one block after the other; the next block runs when it is asked for.
@@ -113,8 +175,13 @@ class LocalNet(nn.Module):
             raise ValueError(f"images of shape {tuple(x.shape[1:])}: the network was built for {self.input_shape}")
         state: State = x
         for k, block in enumerate(self.blocks):
-            state, features = self._run(k, cast(Block, block), state)
+            with self._graph_of(k):
+                state, features = self._run(k, cast(Block, block), state)
             yield features
+
+    def _graph_of(self, k: int) -> torch.set_grad_enabled:
+        """Whether the operations inside are recorded: only for a block that is trained."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and k in self.trained)
 
     def _run(self, k: int, block: Block, state: State) -> tuple[State, Tensor]:
         """Run a block: what the next one may see of it, and its features with their graph."""
@@ -132,7 +199,8 @@ class LocalNet(nn.Module):
         """The local loss of one block after the other, each with a graph of its own.
 
         The next block runs when the next loss is asked for: call backward (and step) in between, and only one graph
-        is ever alive.
+        is ever alive. With `train_only`, the loss of a block that is not trained has no graph, and there are none
+        after the last trained block.
 
         Args:
             x: Images, (B, C, H, W).
@@ -143,10 +211,14 @@ class LocalNet(nn.Module):
         """
         check_classes(y, self.num_classes)
         for k, features in enumerate(self.local_features(x)):
-            yield self.criterion(self.heads[k](features), y)
+            with self._graph_of(k):
+                loss = self.criterion(self.heads[k](features), y)
+            yield loss
+            if k == max(self.trained):
+                return
 
     def delivered_losses(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
-        """The local losses as one vector (L,) for any ordinary training loop.
+        """The local losses as one vector (L,), as many as `local_losses` gives, for any ordinary training loop.
 
         The local gradients are computed here, block after block, so that the graph of only one block is alive at any
         time. ``backward()`` of any scalar made of the vector hands them to the parameters, each times the gradient
@@ -161,17 +233,17 @@ class LocalNet(nn.Module):
         if not torch.is_grad_enabled():
             return torch.stack(list(self.local_losses(x, y)))
         scale = scaler.scale(torch.ones((), device=x.device)) if scaler else torch.ones((), device=x.device)
+        parameters = [self.block_parameters(k) for k in range(len(self.blocks))]
+        gradients: list[Sequence[Tensor | None]] = [[None] * len(own) for own in parameters]
         losses: list[Tensor] = []
-        parameters: list[list[nn.Parameter]] = []
-        gradients: list[Sequence[Tensor | None]] = []
-        self.idle = set[nn.Parameter]()
         for k, loss in enumerate(self.local_losses(x, y)):
-            own = self.block_parameters(k)
-            parameters.append(own)
-            gradients.append(torch.autograd.grad(loss * scale, own, allow_unused=True) if own else [])
-            self.idle.update(p for p, gradient in zip(own, gradients[-1], strict=True) if gradient is None)
+            if parameters[k] and loss.requires_grad:
+                gradients[k] = torch.autograd.grad(loss * scale, parameters[k], allow_unused=True)
             losses.append(loss.detach())
-        return _Deliver.apply(torch.stack(losses), scale, gradients, *(p for own in parameters for p in own))
+        every = [p for own in parameters for p in own]  # DistributedDataParallel waits for each of them
+        found = [gradient for of_block in gradients for gradient in of_block]
+        self.idle = {p for p, gradient in zip(every, found, strict=True) if gradient is None}
+        return _Deliver.apply(torch.stack(losses), scale, gradients, *every)
 
     def loss(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """The sum of the local losses, as one scalar for any ordinary training loop; see `delivered_losses`."""
@@ -213,7 +285,18 @@ class LocalNet(nn.Module):
 
     def decide(self, goodness: Tensor) -> Tensor:
         """The vote of the blocks: goodness (L, B, K) -> scores (B, K)."""
-        return VOTES[self.vote](goodness)
+        return VOTES[self.vote](goodness[: self.voters])
+
+
+def _number(block: int | str, names: Sequence[str]) -> int:
+    """The number of a block that is given by number or name."""
+    if isinstance(block, str) and block in names:
+        return names.index(block)
+    if isinstance(block, int) and -len(names) <= block < len(names):
+        return block % len(names)
+    if isinstance(block, str):
+        raise ValueError(unknown("train_blocks", block, names))
+    raise ValueError(f"train_blocks: there is no block {block}; the network has blocks 0 to {len(names) - 1}")
 
 
 def check_classes(y: Tensor, num_classes: int) -> None:
@@ -256,7 +339,7 @@ class _Deliver(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the local gradients of this loss were already delivered: compute the loss again")
-        for of_block, factor in zip(gradients, arriving / ctx.scale, strict=True):
+        for of_block, factor in zip(gradients, arriving / ctx.scale, strict=False):  # blocks that did not run: no loss
             present = [gradient for gradient in of_block if gradient is not None]
             if present:
                 torch._foreach_mul_(present, factor)

@@ -33,6 +33,11 @@ class EndToEnd(nn.Module):
 
     name = "network"
     idle: frozenset[nn.Parameter] = frozenset()
+    trained = frozenset({0})
+
+    def compile_blocks(self) -> None:
+        """Compile the network, when it runs for the first time."""
+        self.model.compile()
 
     def block_parameters(self, k: int) -> list[nn.Parameter]:
         """All trainable parameters."""

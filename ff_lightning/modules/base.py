@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ff_lightning.backbones import Stem, build_backbone
+from ff_lightning.checkpoints import WholeCheckpointIO
 from ff_lightning.distributed import Averaging, broadcast_buffers
-from ff_lightning.modules import checks
+from ff_lightning.modules import checks, resume
 from ff_lightning.modules.factories import make_plain, to_factory
 from ff_lightning.modules.metrics import BlockLosses, BlockScores
 from ff_lightning.modules.schedules import Schedule, make_scheduler, monitored, step_epoch_scheduler
@@ -52,7 +54,10 @@ class LocalLearner(LightningModule):
         optimization: ``"manual"``: backward and step of each block at once, one optimizer per block.
             ``"automatic"``: the same gradients and weights by Lightning's own loop, with one optimizer.
         clip_norm: Largest norm of the gradients of a block; they are scaled down to it.
+        clip_value: Largest size of each single gradient; they are cut off there.
         accumulate: Number of batches whose gradients are averaged for one step (manual optimization only).
+        compile: Whether each block and its head go through ``torch.compile``.
+        memory_format: ``"channels_last"``: the order that convolutions like on GPUs with mixed precision.
 
     Raises:
         ValueError: If an argument is out of its range or not known.
@@ -71,10 +76,15 @@ class LocalLearner(LightningModule):
         lr_interval: Literal["step", "epoch"] = "epoch",
         optimization: Literal["manual", "automatic"] = "manual",
         clip_norm: float | None = None,
+        clip_value: float | None = None,
         accumulate: int = 1,
+        compile: bool = False,
+        memory_format: Literal["contiguous", "channels_last"] = "contiguous",
     ) -> None:
         super().__init__()
-        checks.check_arguments(num_classes, lr, lr_scheduler, optimization, clip_norm, accumulate)
+        checks.check_arguments(
+            num_classes, lr, lr_scheduler, optimization, clip_norm, clip_value, accumulate, memory_format
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
             self.save_hyperparameters()
@@ -90,8 +100,13 @@ class LocalLearner(LightningModule):
         self.schedule = lr_scheduler
         self.lr_interval = lr_interval
         self.clip_norm = clip_norm
+        self.clip_value = clip_value
         self.accumulate = accumulate
+        self.turns = 1
+        self._compile = compile
+        self._memory_format = checks.MEMORY_FORMATS[memory_format]
         self._idle: set[nn.Parameter] | None = None
+        self._interrupted: dict[str, Any] = {}
 
     def build_backbone(self, backbone: str | nn.Module, stem: Stem, weights: str | None) -> nn.Module:
         """The network itself, or the one of this name for the shape of the images; see `ff_lightning.backbones`."""
@@ -105,7 +120,9 @@ class LocalLearner(LightningModule):
 
     def set_network(self, net: nn.Module) -> None:
         """Take the network of local blocks, and make the running figures of its blocks."""
-        self.net = net
+        self.net = net.to(memory_format=self._memory_format)
+        if self._compile:
+            self.net.compile_blocks()
         self.train_losses = BlockLosses(len(self.net.blocks))
         self.scores = nn.ModuleDict({stage: BlockScores(len(self.net.blocks)) for stage in ("val", "test")})
 
@@ -125,7 +142,7 @@ class LocalLearner(LightningModule):
             if loss.requires_grad:
                 with self._without_ddp_hooks():
                     self.manual_backward(loss / self.accumulate)
-            if stepping and k in self._optimizer_of_block:
+            if stepping and k in self._stepping:
                 to_step.append((k, self._start_averaging(k)))
                 if len(to_step) > self._blocks_in_flight:
                     self._step_block(*to_step.pop(0))
@@ -141,7 +158,7 @@ class LocalLearner(LightningModule):
             averaging.wait()
         optimizer = _as_list(self.optimizers())[self._optimizer_of_block[k]]
         scaler = self._scaler()
-        if k == max(self._optimizer_of_block):
+        if k == max(self._stepping):
             optimizer.step()  # counted in trainer.global_step; in float16 it renews the scale, once for all blocks
         elif scaler is None:
             self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
@@ -153,6 +170,11 @@ class LocalLearner(LightningModule):
         schedulers = _as_list(self.lr_schedulers())
         if schedulers and self._schedulers_count_steps:
             schedulers[self._optimizer_of_block[k]].step()
+
+    @property
+    def _stepping(self) -> set[int]:
+        """The blocks that are trained now and have something to train."""
+        return self.net.trained & self._optimizer_of_block.keys()
 
     @property
     def _blocks_in_flight(self) -> int:
@@ -175,9 +197,11 @@ class LocalLearner(LightningModule):
         for parameter in self._idle or ():  # in all batches of this step; DDP has made zeros of them
             parameter.grad = None
         self._idle = None
-        if self.clip_norm is not None:
-            for group in optimizer.param_groups:
+        for group in optimizer.param_groups:
+            if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(group["params"], self.clip_norm)
+            if self.clip_value is not None:
+                nn.utils.clip_grad_value_(group["params"], self.clip_value)
 
     def configure_gradient_clipping(
         self,
@@ -234,7 +258,7 @@ class LocalLearner(LightningModule):
     # --------------------------------------------------------------------------------------------- what is logged of it
 
     def _report(self, losses: Tensor) -> None:
-        """Collect the losses (L,) on the device; logged, and checked, only when the loggers are due."""
+        """Collect the losses, (L,) or fewer, on the device; logged, and checked, only when the loggers are due."""
         self.train_losses.update(losses)
         if self.trainer._logger_connector.should_update_logs:
             self._log_losses()
@@ -242,8 +266,9 @@ class LocalLearner(LightningModule):
     def _log_losses(self) -> None:
         losses = self._finite_losses()
         self.train_losses.reset()
-        self.log("train/loss", losses.mean(), prog_bar=True)
-        self.log_dict({f"train/block{k:02d}_loss": loss for k, loss in enumerate(losses)})
+        trained = sorted(self.net.trained)
+        self.log("train/loss", losses[trained].mean(), prog_bar=True)
+        self.log_dict({f"train/block{k:02d}_loss": losses[k] for k in trained})
 
     def _finite_losses(self) -> Tensor:
         """Mean losses since the last report, (L,).
@@ -309,8 +334,12 @@ class LocalLearner(LightningModule):
     # ---------------------------------------------------------------------------------------------------------- checks
 
     def on_train_start(self) -> None:
-        """A schedule that a checkpoint brought must be long enough for this run."""
+        """Take up an interrupted run; a schedule that its checkpoint brought must be long enough for this run."""
         checks.check_schedules(_as_list(self.lr_schedulers()), self)
+        interrupted, self._interrupted = self._interrupted, {}
+        if self.trainer.ckpt_path is not None and interrupted:
+            resume.restore_random_state(interrupted["random"], self.trainer.global_rank)
+            resume.restore_gradients(self, interrupted["gradients"])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Check the classes of the first batch; on the CPU the network itself checks every batch."""
@@ -324,13 +353,28 @@ class LocalLearner(LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Compare the model with the data."""
-        checks.check_strategy(self.trainer.strategy)
+        """Compare the model with the data; have checkpoints written that are whole or not there."""
+        strategy = self.trainer.strategy
+        checks.check_strategy(strategy)
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = WholeCheckpointIO()
         checks.check_data(self.num_classes, self.input_shape, getattr(self.trainer, "datamodule", None))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare a checkpoint with the network, and say in one line where they differ."""
         checks.check_architecture(self.state_dict(), self.hparams, checkpoint)
+        self._interrupted = checkpoint.get("ff_lightning", {})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what `resume` says."""
+        trainer = self.trainer
+        window = max(self.accumulate, trainer.accumulate_grad_batches)
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        in_window = trainer.training and batches % window != 0 and not trainer.is_last_batch
+        checkpoint["ff_lightning"] = {
+            "random": resume.random_states(trainer.world_size),
+            "gradients": resume.gradients(self, trainer.world_size) if in_window else {},
+        }
 
 
 def _as_list(value: Any) -> list[Any]:

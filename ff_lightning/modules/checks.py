@@ -1,16 +1,25 @@
 """What cannot work is said before it is tried: arguments, Trainer flags, data and checkpoints."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ff_lightning.modules.schedules import Schedule, total_steps
 from ff_lightning.suggest import unknown
+
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def check_arguments(
@@ -19,7 +28,9 @@ def check_arguments(
     lr_scheduler: Any,
     optimization: str,
     clip_norm: float | None,
+    clip_value: float | None,
     accumulate: int,
+    memory_format: str,
 ) -> None:
     """Raise ValueError if an argument of `LocalLearner` is out of its range."""
     if num_classes is None:
@@ -31,8 +42,13 @@ def check_arguments(
         raise ValueError(unknown("lr_scheduler", lr_scheduler, get_args(Schedule), allowed))
     if optimization not in ("manual", "automatic"):
         raise ValueError(f"optimization={optimization!r}: must be 'manual' or 'automatic'")
-    if clip_norm is not None and clip_norm <= 0:
-        raise ValueError(f"clip_norm={clip_norm}: must be above 0, or None for no clipping")
+    for argument, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{argument}={value}: must be above 0, or None for no clipping")
+    if clip_norm is not None and clip_value is not None:
+        raise ValueError(f"clip_norm={clip_norm} and clip_value={clip_value}: give one of them")
+    if memory_format not in MEMORY_FORMATS:
+        raise ValueError(unknown("memory_format", memory_format, MEMORY_FORMATS))
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}: must be at least 1")
     if accumulate > 1 and optimization == "automatic":
@@ -42,18 +58,32 @@ def check_arguments(
         )
 
 
+_ONE_OPTIMIZER: dict[type[Callback], str] = {
+    StochasticWeightAveraging: "",
+    LearningRateFinder: "",
+    GradientAccumulationScheduler: "accumulate, or ",
+    BaseFinetuning: "train_blocks, or ",
+}
+"""Callbacks that know one optimizer only, and what there is instead."""
+
+
 def check_trainer_flags(trainer: Trainer) -> None:
-    """Raise MisconfigurationException, with the replacement, for a flag that manual optimization cannot serve."""
-    for flag, idle, replacement in (
-        ("gradient_clip_val", None, "clip_norm"),
-        ("accumulate_grad_batches", 1, "accumulate"),
-    ):
+    """Raise MisconfigurationException, with the replacement, for what manual optimization cannot serve."""
+    clip = "clip_value" if trainer.gradient_clip_algorithm == "value" else "clip_norm"
+    for flag, idle, replacement in (("gradient_clip_val", None, clip), ("accumulate_grad_batches", 1, "accumulate")):
         value = getattr(trainer, flag)
         if value not in (idle, 0):
             raise MisconfigurationException(
                 f"Trainer({flag}={value}) does not work with optimization='manual': give the model "
                 f"{replacement}={value}, or optimization='automatic'"
             )
+    for callback in cast(Any, trainer).callbacks:
+        for kind, instead in _ONE_OPTIMIZER.items():
+            if isinstance(callback, kind):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} needs a single optimizer, and optimization='manual' has one for each "
+                    f"block: give the model {instead}optimization='automatic'"
+                )
 
 
 def check_strategy(strategy: Strategy) -> None:

@@ -20,8 +20,8 @@ class BlockLosses(Metric):
         self.add_state("steps", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, losses: Tensor) -> None:
-        """Add the losses (L,) of a step."""
-        self.total += losses
+        """Add the losses of a step: (L,), or fewer where the blocks above are not trained."""
+        self.total[: len(losses)] += losses
         self.steps += 1
 
     def compute(self) -> Tensor:

@@ -27,7 +27,7 @@ def make_scheduler(module: Any, optimizer: Optimizer) -> LRScheduler | ReduceLRO
 
 
 def total_steps(module: Any) -> int:
-    """Number of optimizer steps of each block in the whole run."""
+    """Number of optimizer steps of each block: those of the whole run, or of its turn where blocks take turns."""
     trainer = module.trainer
     steps = trainer.estimated_stepping_batches
     if math.isinf(steps):
@@ -38,7 +38,7 @@ def total_steps(module: Any) -> int:
     if module.accumulate > 1 and trainer.max_epochs not in (None, -1):
         in_epochs = math.ceil(trainer.num_training_batches / module.accumulate) * trainer.max_epochs
         steps = in_epochs if trainer.max_steps == -1 else min(in_epochs, trainer.max_steps)
-    return int(steps)
+    return math.ceil(steps / module.turns)
 
 
 def monitored(scheduler: Any) -> str | None:

@@ -32,6 +32,7 @@ class SFF(LocalLearner):
         norm: Normalisation between the blocks: ``"layer"``, ``"channel"``, ``"length"`` or ``"none"``.
         vote: How the blocks decide: ``"mean"``, ``"last"`` or ``"log_softmax"``.
         label_smoothing: Share of the target that is spread evenly over all classes.
+        train_blocks: Numbers or names of the only blocks to train; the others keep weights and running statistics.
         kwargs: How it is trained: optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
 
     Example:
@@ -52,6 +53,7 @@ class SFF(LocalLearner):
         norm: Norm = "layer",
         vote: Literal["mean", "last", "log_softmax"] = "mean",
         label_smoothing: float = 0.0,
+        train_blocks: list[int | str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
@@ -67,3 +69,21 @@ class SFF(LocalLearner):
                 LogSumExpLoss(label_smoothing),
             )
         )
+        if train_blocks is not None:
+            self.net.train_only(train_blocks)
+
+    def append_blocks(self, name: str, model: nn.Module, granularity: Granularity = "block") -> list[int]:
+        """Put further blocks on top of the network, and train only them.
+
+        Args:
+            name: Of the new part.
+            model: Network from the features of the last block; see `ff_lightning.LocalNet.append`.
+            granularity: Where to cut it.
+
+        Returns:
+            The numbers of the new blocks.
+        """
+        added: list[int] = self.net.append(name, model, granularity)
+        self.set_network(self.net)
+        self.net.train_only(added)
+        return added
