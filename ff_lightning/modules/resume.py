@@ -1,0 +1,65 @@
+"""What a run needs besides Lightning's own checkpoint to go on exactly where it was interrupted.
+
+Lightning keeps weights, optimizers, schedulers, the gradient scaler and the position in the data. Here are the random
+numbers of every process, and the gradients of a window of accumulation that was not complete.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ff_lightning.distributed import Averaging
+
+
+def random_states(world_size: int) -> list[dict[str, Any]]:
+    """The states of the random number generators of all processes, each plain."""
+    name, keys, *rest = np.random.get_state()
+    own: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (str(name), np.asarray(keys).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        own["cuda"] = torch.cuda.get_rng_state()
+    if world_size == 1:
+        return [own]
+    states: list[Any] = [None] * world_size
+    dist.all_gather_object(states, own)
+    return states
+
+
+def restore_random_state(states: Sequence[Mapping[str, Any]], rank: int) -> None:
+    """Set the generators of this process to what they were; a process that is new keeps its own."""
+    if rank >= len(states):
+        return
+    own = states[rank]
+    version, keys, gauss = own["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(tuple(own["numpy"]))
+    torch.set_rng_state(own["torch"].cpu())
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"].cpu())
+
+
+def gradients(module: nn.Module, world_size: int) -> dict[str, torch.Tensor]:
+    """The gradients so far, averaged over the processes: at the end of the window it comes to the same."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    own = [p.grad for _, p in named]
+    if world_size > 1:
+        Averaging([p for _, p in named]).wait()
+    found = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
+    for (_, p), gradient in zip(named, own, strict=True):
+        p.grad = gradient
+    return found
+
+
+def restore_gradients(module: nn.Module, found: Mapping[str, torch.Tensor]) -> None:
+    """Put gradients back in place, for the window that goes on."""
+    for name, p in module.named_parameters():
+        if name in found:
+            p.grad = found[name].to(p)
