@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ff_lightning import __version__, data, modules
-from ff_lightning.callbacks import BlockTable
+from ff_lightning.callbacks import BlockTable, LastCheckpoint
+from ff_lightning.checkpoints import check_whole
 from ff_lightning.modules import LocalLearner
 from ff_lightning.suggest import closest
 
@@ -42,6 +43,7 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults, the best checkpoint, and the links from data to model."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/acc",
@@ -79,6 +81,10 @@ class CLI(LightningCLI):
         path = self.config[subcommand].get("ckpt_path")
         if not path or not Path(path).is_file():
             return
+        try:
+            check_whole(path)
+        except ValueError as error:
+            parser.error(str(error))
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
         defaults = {}
         for part, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
@@ -127,8 +133,6 @@ def main(args: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message="The dirpath has changed from")  # every test writes a folder of its own
-    # a `ModelCheckpoint` with a monitor renews its last.ckpt only when the monitored value is good: so a second one
-    last = ModelCheckpoint(filename="last", enable_version_counter=False)
     CLI(
         LocalLearner,
         LightningDataModule,
@@ -136,7 +140,7 @@ def main(args: Sequence[str] | None = None) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [BlockTable(), last], "enable_model_summary": False},
+        trainer_defaults={"callbacks": [BlockTable()], "enable_model_summary": False},
         save_config_kwargs={"overwrite": True},
         parser_class=_Parser,
         parser_kwargs={"version": __version__},

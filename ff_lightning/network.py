@@ -311,6 +311,8 @@ def check_classes(y: Tensor, num_classes: int) -> None:
 def _normalise(h: Tensor, norm: Norm, channel_dim: int) -> Tensor:
     """Normalise the output of a block; see `LocalNet`."""
     if norm == "layer":
+        if h.ndim == 4 and not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last):
+            return _normalise(h.movedim(1, -1), norm, -1).movedim(-1, 1)  # keeps this order, and copies nothing
         return F.layer_norm(h, h.shape[1:])
     if norm == "channel":
         return F.layer_norm(h.movedim(channel_dim, -1), (h.shape[channel_dim],)).movedim(-1, channel_dim)

@@ -57,7 +57,8 @@ class LocalLearner(LightningModule):
         clip_value: Largest size of each single gradient; they are cut off there.
         accumulate: Number of batches whose gradients are averaged for one step (manual optimization only).
         compile: Whether each block and its head go through ``torch.compile``.
-        memory_format: ``"channels_last"``: the order that convolutions like on GPUs with mixed precision.
+        memory_format: ``"channels_last"``: the order that convolutions like on GPUs with mixed precision; None: as the
+            backbone has it.
 
     Raises:
         ValueError: If an argument is out of its range or not known.
@@ -79,7 +80,7 @@ class LocalLearner(LightningModule):
         clip_value: float | None = None,
         accumulate: int = 1,
         compile: bool = False,
-        memory_format: Literal["contiguous", "channels_last"] = "contiguous",
+        memory_format: Literal["contiguous", "channels_last"] | None = None,
     ) -> None:
         super().__init__()
         checks.check_arguments(
@@ -338,6 +339,7 @@ class LocalLearner(LightningModule):
         checks.check_schedules(_as_list(self.lr_schedulers()), self)
         interrupted, self._interrupted = self._interrupted, {}
         if self.trainer.ckpt_path is not None and interrupted:
+            resume.restore_position(self.trainer)
             resume.restore_random_state(interrupted["random"], self.trainer.global_rank)
             resume.restore_gradients(self, interrupted["gradients"])
 
@@ -371,6 +373,8 @@ class LocalLearner(LightningModule):
         window = max(self.accumulate, trainer.accumulate_grad_batches)
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         in_window = trainer.training and batches % window != 0 and not trainer.is_last_batch
+        if trainer.is_last_batch:  # the next one is the first of an epoch
+            checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         checkpoint["ff_lightning"] = {
             "random": resume.random_states(trainer.world_size),
             "gradients": resume.gradients(self, trainer.world_size) if in_window else {},

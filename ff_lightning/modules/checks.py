@@ -19,7 +19,11 @@ from torch.optim.lr_scheduler import OneCycleLR
 from ff_lightning.modules.schedules import Schedule, total_steps
 from ff_lightning.suggest import unknown
 
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+MEMORY_FORMATS: dict[str | None, torch.memory_format] = {
+    None: torch.preserve_format,
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+}
 
 
 def check_arguments(
@@ -30,7 +34,7 @@ def check_arguments(
     clip_norm: float | None,
     clip_value: float | None,
     accumulate: int,
-    memory_format: str,
+    memory_format: str | None,
 ) -> None:
     """Raise ValueError if an argument of `LocalLearner` is out of its range."""
     if num_classes is None:
@@ -48,7 +52,7 @@ def check_arguments(
     if clip_norm is not None and clip_value is not None:
         raise ValueError(f"clip_norm={clip_norm} and clip_value={clip_value}: give one of them")
     if memory_format not in MEMORY_FORMATS:
-        raise ValueError(unknown("memory_format", memory_format, MEMORY_FORMATS))
+        raise ValueError(unknown("memory_format", memory_format, ["contiguous", "channels_last"]))
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}: must be at least 1")
     if accumulate > 1 and optimization == "automatic":
@@ -78,6 +82,11 @@ def check_trainer_flags(trainer: Trainer) -> None:
                 f"{replacement}={value}, or optimization='automatic'"
             )
     for callback in cast(Any, trainer).callbacks:
+        if getattr(callback, "_train_time_interval", None) is not None:
+            raise MisconfigurationException(
+                "ModelCheckpoint(train_time_interval=...) is passed over by Lightning with optimization='manual': give "
+                "every_n_train_steps, or the model optimization='automatic'"
+            )
         for kind, instead in _ONE_OPTIMIZER.items():
             if isinstance(callback, kind):
                 raise MisconfigurationException(

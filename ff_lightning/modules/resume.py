@@ -6,14 +6,27 @@ numbers of every process, and the gradients of a window of accumulation that was
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from torch import nn
 
 from ff_lightning.distributed import Averaging
+
+
+def restore_position(trainer: Trainer) -> None:
+    """Have loaders that can go on in mid-epoch do so.
+
+    Lightning tells them only when it makes them; a schedule that asked for the length of the run has had them made
+    before the checkpoint was read.
+    """
+    loop = cast(Any, trainer.fit_loop)
+    if loop.restarting and loop._combined_loader_states_to_load:
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)
 
 
 def random_states(world_size: int) -> list[dict[str, Any]]:

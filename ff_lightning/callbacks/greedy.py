@@ -1,0 +1,64 @@
+"""One block after the other."""
+
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ff_lightning.modules.base import LocalLearner
+from ff_lightning.network import LocalNet
+
+
+class GreedyBlocks(Callback):
+    """Trains block 0 for some epochs, then block 1 on what the frozen block 0 gives, and so on.
+
+    A run has as many epochs as blocks times `epochs_per_block`, and each block goes through the whole schedule of the
+    learning rate in its turn. Blocks below run without a graph, blocks above do not run; those that have had their turn
+    vote.
+
+    Args:
+        epochs_per_block: Number of epochs of each block.
+
+    Raises:
+        ValueError: At the start of the run, if its number of epochs is another one, or if the model does not train
+            by manual optimization.
+    """
+
+    def __init__(self, epochs_per_block: int) -> None:
+        if epochs_per_block < 1:
+            raise ValueError(f"epochs_per_block={epochs_per_block}: must be at least 1")
+        self.epochs_per_block = epochs_per_block
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare the run with the number of blocks, and tell the schedules."""
+        if stage != "fit":
+            return
+        if not isinstance(pl_module.net, LocalNet):
+            raise ValueError(f"GreedyBlocks trains the blocks of SFF: {type(pl_module).__name__} has none")
+        blocks = len(pl_module.net.blocks)
+        if trainer.max_epochs != blocks * self.epochs_per_block:
+            raise ValueError(
+                f"GreedyBlocks(epochs_per_block={self.epochs_per_block}) trains {blocks} blocks in "
+                f"{blocks * self.epochs_per_block} epochs: give the Trainer max_epochs="
+                f"{blocks * self.epochs_per_block}, not {trainer.max_epochs}"
+            )
+        if pl_module.automatic_optimization:
+            raise ValueError("GreedyBlocks has a schedule for each block: it needs a model with optimization='manual'")
+        cast(LocalLearner, pl_module).turns = blocks
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up the turn in which a run was interrupted."""
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the turn to the next block, when it is time."""
+        net = cast(Any, pl_module.net)
+        k = trainer.current_epoch // self.epochs_per_block
+        if net.voters != k + 1:
+            net.train_only([k])
+            net.voters = k + 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All blocks are trained from here on, and vote."""
+        net = cast(Any, pl_module.net)
+        net.train_only(None)
+        net.voters = None
