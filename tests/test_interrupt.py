@@ -1,0 +1,103 @@
+"""Runs that are stopped or killed from outside go on to the weights of the run that was left alone."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from ff_lightning import SFF, data
+from ff_lightning.callbacks import LastCheckpoint
+from tests.conftest import small_net
+
+EPOCHS, BATCHES = 3, 12
+FORK = multiprocessing.get_context("fork")  # a process with everything imported
+
+
+class Tell(Callback):
+    """Sends the number of each batch, before it is trained on."""
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.pipe.send(trainer.fit_loop.epoch_loop.total_batch_idx)
+
+
+def fit(folder, pipe, resume, every):
+    torch.manual_seed(0)
+    model = SFF(backbone=small_net(), num_classes=10, input_shape=(1, 8, 8), lr=0.01, accumulate=2)
+    last = LastCheckpoint(str(folder), every_n_train_steps=every)
+    trainer = pl.Trainer(
+        max_epochs=EPOCHS, limit_train_batches=BATCHES, limit_val_batches=2, accelerator="cpu", devices=1, logger=False,
+        callbacks=[last, Tell(pipe)], enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    path = folder / "last.ckpt"
+    trainer.fit(model, data.Digits(batch_size=16), ckpt_path=path if resume and path.exists() else None)
+    torch.save(model.state_dict(), folder / "end.pt")
+
+
+def run(folder, resume=False, stop_at=None, number=signal.SIGKILL, delay=0.0, every=1):
+    """Train in a process of its own; send it a signal `delay` seconds after a batch has begun. Returns its exit code."""
+    folder.mkdir(exist_ok=True)
+    receive, send = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=fit, args=(folder, send, resume, every))
+    process.start()
+    send.close()
+    seen = []
+    while True:
+        try:
+            seen.append(receive.recv())
+        except EOFError:
+            break
+        if seen[-1] == stop_at:
+            time.sleep(delay)
+            os.kill(process.pid, number)
+            stop_at = None
+    process.join(60)
+    return process.exitcode, seen
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The weights after a run that was left alone."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(folder)[0] == 0
+    return torch.load(folder / "end.pt")
+
+
+def assert_same(folder, whole):
+    for key, value in torch.load(folder / "end.pt").items():
+        assert torch.equal(value, whole[key]), key
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)], ids=["SIGTERM", "SIGINT (Ctrl-C)"]
+)
+@pytest.mark.parametrize("batch", [4, 11, 17])
+def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint(number, code, batch, whole, tmp_path):
+    exitcode, seen = run(tmp_path, stop_at=batch, number=number, every=None)
+    assert (exitcode, seen[-1]) == (code, batch), "stopped after this batch"
+    exitcode, seen = run(tmp_path, resume=True)
+    assert (exitcode, seen[0]) == (0, batch + 1), "and went on with the next"
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(whole, tmp_path):
+    dice = random.Random(0)
+    for trial in range(20):
+        folder = tmp_path / str(trial)
+        batch = dice.randrange(EPOCHS * BATCHES)
+        exitcode, _ = run(folder, stop_at=batch, delay=dice.uniform(0, 0.02))
+        assert exitcode == -signal.SIGKILL
+        exitcode, seen = run(folder, resume=True)
+        assert exitcode == 0
+        assert seen[0] in range(max(0, batch - 2), batch + 5), "little was lost"
+        assert_same(folder, whole)
