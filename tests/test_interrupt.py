@@ -43,7 +43,7 @@ def fit(folder, pipe, resume, every):
 
 
 def run(folder, resume=False, stop_at=None, number=signal.SIGKILL, delay=0.0, every=1):
-    """Train in a process of its own; send it a signal `delay` seconds after a batch has begun. Returns its exit code."""
+    """Train in a process of its own, which gets a signal some time after a batch began: exit code and batches."""
     folder.mkdir(exist_ok=True)
     receive, send = FORK.Pipe(duplex=False)
     process = FORK.Process(target=fit, args=(folder, send, resume, every))
