@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from ff_lightning import SFF, data
+from ff_lightning import SFF, LocalNet, data
 from ff_lightning.goodness import GoodnessHead
 from tests.conftest import small_net
 
@@ -37,6 +37,14 @@ def images():
     return TensorDataset(torch.randn(SAMPLES, 1, 8, 8, generator=generator), torch.arange(SAMPLES) % 10)
 
 
+class SplitData(pl.LightningDataModule):
+    """Each process gets its half of the images, in order."""
+
+    def train_dataloader(self):
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        return DataLoader(images(), batch_size=BATCH, sampler=DistributedSampler(images(), world, rank, shuffle=False))
+
+
 def make(name):
     """The model of a scenario."""
     torch.manual_seed(0)
@@ -50,6 +58,59 @@ def make(name):
         "lr": 0.01,
     }
     return SFF(backbone=network, num_classes=10, input_shape=(1, 8, 8), head=plain_head, **arguments)
+
+
+class Own(pl.LightningModule):
+    """A user's own module with automatic optimization."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = LocalNet(small_net(norm=False), num_classes=10, input_shape=(1, 8, 8), head=plain_head)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net.loss(*batch)
+        self.log("train/loss", loss, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+OWN = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
+
+
+class SaveAt(pl.Callback):
+    """Writes a checkpoint in the middle of an epoch, and of an accumulation."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == 10:
+            trainer.save_checkpoint(self.path)
+
+
+def interrupted(optimization, folder, rank, resume):
+    """A run with dropout, other random numbers on each process and other ones where it resumes."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Dropout(0.2), small_net())
+    manual = optimization == "manual"
+    model = SFF(
+        backbone=network,
+        num_classes=10,
+        input_shape=(1, 8, 8),
+        optimization=optimization,
+        accumulate=2 if manual else 1,
+    )
+    torch.manual_seed(rank + 10 * resume)
+    path = folder / f"{optimization}.ckpt"
+    run = trainer(
+        strategy="ddp", devices=2, callbacks=[SaveAt(path)], accumulate_grad_batches=1 if manual else 2,
+        limit_train_batches=7,
+    )  # fmt: skip
+    run.fit(model, data.Digits(batch_size=8), ckpt_path=path if resume else None)
+    return model.state_dict()
 
 
 def trainer(**settings):
@@ -84,6 +145,13 @@ def main(folder):
         result = {"weights": model.state_dict(), "steps": run.global_step, "sent": sent}
         result["logged"] = {key: value.clone() for key, value in run.callback_metrics.items()}
         torch.save(result, folder / f"{name}-{rank}.pt")
+    own = Own()
+    sampler = DistributedSampler(images(), num_replicas=2, rank=rank, shuffle=False)
+    trainer(strategy="ddp", devices=2, **OWN).fit(own, DataLoader(images(), batch_size=BATCH, sampler=sampler))
+    torch.save(own.state_dict(), folder / f"own-{rank}.pt")
+    for optimization in ("manual", "automatic"):
+        runs = [interrupted(optimization, folder, rank, resume) for resume in (False, True)]
+        torch.save(runs, folder / f"interrupted_{optimization}-{rank}.pt")
     module = data.Digits(batch_size=7)
     model = SFF(num_classes=10, input_shape=(1, 8, 8))
     run = trainer(strategy="ddp", devices=2)

@@ -8,10 +8,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
 from torch.utils.data import DataLoader
 
+from ff_lightning import SFF
 from ff_lightning.modules import checks
 from tests import ddp_worker
+from tests.conftest import small_net
 
 pytestmark = pytest.mark.ddp
 
@@ -81,6 +84,36 @@ def test_every_test_sample_counts_once(folder):
     assert one["samples"] + two["samples"] == 360
     assert one["acc"] == two["acc"]
     assert float(one["acc"]) * 360 == pytest.approx(round(float(one["acc"]) * 360), abs=1e-3)
+
+
+def test_loss_in_a_users_own_module(folder):
+    model = ddp_worker.Own()
+    run = ddp_worker.trainer(devices=1, **ddp_worker.OWN)
+    run.fit(model, DataLoader(ddp_worker.images(), batch_size=2 * ddp_worker.BATCH))
+    one, two = ranks(folder, "own")
+    for key, value in model.state_dict().items():
+        assert torch.equal(one[key], two[key])
+        torch.testing.assert_close(one[key], value, atol=1e-6, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("optimization", ["manual", "automatic"])
+def test_interrupted_in_the_middle_of_an_accumulation(folder, optimization):
+    for whole, resumed in ranks(folder, f"interrupted_{optimization}"):
+        for key, value in whole.items():  # partial sums were averaged once before: a rounding more
+            torch.testing.assert_close(resumed[key], value, atol=1e-6, rtol=1e-5, msg=key)
+
+
+def test_synchronised_batch_norms_take_the_place_of_the_others():
+    net = SFF(backbone=small_net(), num_classes=10, input_shape=(1, 8, 8)).net.eval()
+    x = torch.randn(4, 1, 8, 8)
+    goodness = net.goodness(x)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    found = [module for module in synchronised.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert len(found) == 5
+    assert all(isinstance(module, nn.SyncBatchNorm) for module in found)
+    assert torch.equal(synchronised.goodness(x), goodness)
+    found[0].running_mean += 1
+    assert not torch.equal(synchronised.goodness(x), goodness), "the new ones are those that run"
 
 
 def test_strategies_that_spread_parameters_are_refused():

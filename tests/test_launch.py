@@ -1,0 +1,127 @@
+"""The command on several processes, started as a cluster starts it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests import ddp_worker
+
+pytestmark = pytest.mark.ddp
+ROOT = Path(__file__).parents[1]
+COMMAND = [
+    "-m", "ff_lightning", "fit", "--config", str(ROOT / "configs/sff/digits_cnn.yaml"),
+    "--config", str(ROOT / "configs/trainer/ddp.yaml"),  # what follows makes it fit two cores without a GPU
+    "--trainer.sync_batchnorm", "false", "--trainer.precision", "32-true", "--trainer.accelerator", "cpu",
+    "--trainer.devices", "2", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "2",
+    "--trainer.limit_train_batches", "4", "--last.every_n_train_steps", "1",
+]  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def torchrun(folder, *more):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*launch, *COMMAND, "--trainer.default_root_dir", str(folder), *more], env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def slurm(folder, rank, port, *more):
+    """One of the two tasks that srun would start."""
+    variables = {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODELIST": "127.0.0.1", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    arguments = [*COMMAND, "--trainer.default_root_dir", str(folder), *more]
+    return subprocess.Popen(
+        [sys.executable, *arguments], env={**ENVIRONMENT, **variables},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def the_checkpoint(folder):
+    (path,) = folder.rglob("last.ckpt")
+    return torch.load(path, weights_only=True)
+
+
+def wait_for_checkpoint(folder, seconds=120):
+    until = time.monotonic() + seconds
+    while not list(folder.rglob("last.ckpt")):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_torchrun(tmp_path):
+    process = torchrun(tmp_path)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output[-3000:]
+    assert "2 processes" in output, "gloo says how many there are"
+    assert the_checkpoint(tmp_path)["global_step"] == 8
+
+
+@pytest.mark.slow
+def test_tasks_of_slurm(tmp_path):
+    port = free_port()
+    tasks = [slurm(tmp_path, rank, port) for rank in (0, 1)]
+    outputs = [task.communicate(timeout=200)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs[0][-3000:]
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in outputs[1]
+    assert the_checkpoint(tmp_path)["global_step"] == 8
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_and_the_checkpoint_is_whole(tmp_path):
+    port = free_port()
+    tasks = [slurm(tmp_path, rank, port, "--trainer.max_epochs", "1000") for rank in (0, 1)]
+    wait_for_checkpoint(tmp_path)
+    tasks[1].kill()
+    output = tasks[0].communicate(timeout=60)[0]
+    assert tasks[0].returncode not in (0, None)
+    assert "Error" in output
+    step = the_checkpoint(tmp_path)["global_step"]
+    assert step > 0
+    port = free_port()
+    path = next(tmp_path.rglob("last.ckpt"))
+    more = ("--trainer.max_epochs", "1000", "--trainer.max_steps", str(step + 3), "--ckpt_path", str(path))
+    resumed = [slurm(tmp_path / "resumed", rank, port, *more) for rank in (0, 1)]
+    outputs = [task.communicate(timeout=200)[0] for task in resumed]
+    assert [task.returncode for task in resumed] == [0, 0], outputs[0][-3000:]
+    assert the_checkpoint(tmp_path / "resumed")["global_step"] == step + 3
+
+
+@pytest.mark.slow
+def test_all_processes_stop_after_the_same_batch(tmp_path):
+    process = torchrun(tmp_path, "--trainer.max_epochs", "1000")
+    wait_for_checkpoint(tmp_path)
+    os.kill(process.pid, signal.SIGTERM)  # torchrun hands it to the processes
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode not in (0, None)
+    assert "stopped; go on with ckpt_path=" in output
+    assert the_checkpoint(tmp_path)["global_step"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+@pytest.mark.parametrize("name", ["manual", "automatic"])
+def test_other_ways_to_start_processes(name, strategy):
+    alone, together = ddp_worker.make(name), ddp_worker.make(name)
+    loader = DataLoader(ddp_worker.images(), batch_size=2 * ddp_worker.BATCH)
+    ddp_worker.trainer(devices=1).fit(alone, loader)
+    ddp_worker.trainer(devices=2, strategy=strategy).fit(together, ddp_worker.SplitData())
+    for key, value in alone.state_dict().items():
+        torch.testing.assert_close(together.state_dict()[key], value, atol=1e-6, rtol=1e-4, msg=key)
