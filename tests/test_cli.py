@@ -72,8 +72,15 @@ def test_every_config_runs(config, files):
 @pytest.mark.parametrize("overlay", sorted((ROOT / "configs/trainer").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_overlay_is_understood(overlay):
     printed = run("fit", "--config", ROOT / "configs/sff/digits_cnn.yaml", "--config", overlay, "--print_config")
-    settings = yaml.safe_load(printed)["trainer"]
-    assert yaml.safe_load(overlay.read_text())["trainer"].items() <= settings.items()
+    assert_within(yaml.safe_load(overlay.read_text()), yaml.safe_load(printed))
+
+
+def assert_within(part, whole):
+    for key, value in part.items():
+        if isinstance(value, dict):
+            assert_within(value, whole[key])
+        else:
+            assert whole[key] == value, key
 
 
 DIGITS = ["fit", *QUICK[:8]]
@@ -196,6 +203,22 @@ def test_resuming_a_longer_run_says_what_to_do(tmp_path, monkeypatch):
     run(*DIGITS)
     with pytest.raises(ValueError, match="made for 8 steps, this run has 12: resume with the max_epochs of the first"):
         run(*DIGITS, "--trainer.max_epochs", "3", "--ckpt_path", checkpoint("."))
+
+
+def test_a_truncated_checkpoint_is_named_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cut.ckpt").write_bytes(b"PK" + bytes(100))
+    with pytest.raises(SystemExit, match=r"^error: the checkpoint cut.ckpt is not whole.*\n.*\n$"):
+        run("test", "--ckpt_path", "cut.ckpt")
+
+
+def test_only_some_blocks_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = run("fit", *QUICK, "--model.train_blocks", "[0, conv4]", "--last.every_n_train_steps", "2")
+    assert "validation accuracy" in output
+    kept = torch.load(checkpoint(tmp_path), weights_only=True)
+    assert kept["hyper_parameters"]["train_blocks"] == [0, "conv4"]
+    assert [bool(state["state"]) for state in kept["optimizer_states"]].count(True) == 2
 
 
 def test_a_value_that_contradicts_the_data_is_an_error(tmp_path, monkeypatch):
