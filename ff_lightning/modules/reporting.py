@@ -1,0 +1,104 @@
+"""What is reported of training, and how the blocks and their vote are evaluated.
+
+Shapes: B batch, K classes, L blocks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from ff_lightning.distributed import broadcast_buffers
+from ff_lightning.modules.metrics import BlockLosses, BlockScores
+
+
+class Reporting(LightningModule):
+    """Losses and accuracies of each block, logged without a wait for the device in between.
+
+    Logged are ``train/loss``, ``train/block00_loss``, ..., and for ``val`` and ``test`` ``acc``, ``loss``,
+    ``block00_acc``, ...
+    """
+
+    net: Any
+    scores: Any
+
+    def make_metrics(self) -> None:
+        """Make the running figures of the blocks of the network."""
+        self.train_losses = BlockLosses(len(self.net.blocks))
+        self.scores = nn.ModuleDict({stage: BlockScores(len(self.net.blocks)) for stage in ("val", "test")})
+
+    def _report(self, losses: Tensor) -> None:
+        """Collect the losses, (L,) or fewer, on the device; logged, and checked, only when the loggers are due."""
+        self.train_losses.update(losses)
+        if self.trainer._logger_connector.should_update_logs:
+            self._log_losses()
+
+    def _log_losses(self) -> None:
+        losses = self._finite_losses()
+        self.train_losses.reset()
+        trained = sorted(self.net.trained)
+        self.log("train/loss", losses[trained].mean(), prog_bar=True)
+        self.log_dict({f"train/block{k:02d}_loss": losses[k] for k in trained})
+
+    def _finite_losses(self) -> Tensor:
+        """Mean losses since the last report, (L,).
+
+        Raises:
+            FloatingPointError: If one of them is not finite.
+        """
+        losses = self.train_losses.compute().reshape(-1)  # torchmetrics makes a scalar of a vector of one
+        for k, finite in enumerate(losses.isfinite().tolist()):
+            if not finite:
+                raise FloatingPointError(
+                    f"the loss of block {k} ({self.net.blocks[k].name}) became {losses[k].item()} in epoch "
+                    f"{self.current_epoch}, in the last steps before step {self.global_step}: stopped, the last "
+                    "checkpoint is untouched; a lower lr or a clip_norm may help"
+                )
+        return losses
+
+    def on_validation_start(self) -> None:
+        """End a run that went wrong before its weights are taken for a checkpoint; make batch norms alike."""
+        if self.train_losses.update_called:
+            self._finite_losses()
+        if self.trainer.world_size > 1:
+            broadcast_buffers(self.net)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy of each block and of the vote."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy of each block and of the vote."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracies of the whole set."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the accuracies of the whole set."""
+        self._log_scores("test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
+        x, y = batch
+        goodness = self.net.goodness(x)
+        losses = torch.stack([self.net.criterion(of_block, y) for of_block in goodness])
+        self.scores[stage].update(goodness, self.net.decide(goodness), losses, y)
+
+    def _log_scores(self, stage: str) -> None:
+        scores = self.scores[stage]
+        accuracies, losses = scores.compute()
+        scores.reset()
+        self.log(f"{stage}/acc", accuracies[-1], prog_bar=True)
+        self.log(f"{stage}/loss", losses.mean())
+        self.log_dict({f"{stage}/block{k:02d}_acc": accuracy for k, accuracy in enumerate(accuracies[:-1])})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of the classes, (B, C, H, W) -> (B, K); the highest one wins."""
+        return self.net(x)
+
+    def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Scores of the classes (B, K) for images, or for batches of images and classes."""
+        return self(batch if isinstance(batch, Tensor) else batch[0])
