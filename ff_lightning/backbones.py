@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -114,20 +115,29 @@ def _read_weights(name: str, weights: str) -> Mapping[str, Tensor]:
     return offered[weights].get_state_dict(progress=True, check_hash=True, weights_only=True)
 
 
+_OF_A_BLOCK = re.compile(r"(?:.+\.)?blocks\.\d+\.body\.(.+)")
+"""Tensors of a `LocalNet`, and their names in the network that was cut."""
+
+
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state dict of the same network; its classifier may be one for other classes and then starts anew.
 
     Args:
         model: The network.
-        state: Tensors by name, with or without a common prefix such as ``model.``.
+        state: Tensors by name, with or without a common prefix such as ``model.``; those of an SFF checkpoint have no
+            classifier.
 
     Raises:
         ValueError: If any other tensor is missing, has another shape or belongs elsewhere.
     """
     own = model.state_dict()
-    state = _without_prefix(state, own)
+    blocks = {match[1]: value for key, value in state.items() if (match := _OF_A_BLOCK.fullmatch(key))}
+    state = blocks or _without_prefix(state, own)
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     of_classifier = {f"{layers[-1]}.weight", f"{layers[-1]}.bias"}
+    if blocks:  # whole parts of the network that SFF leaves out
+        parts = {key.split(".")[0] for key in blocks}
+        of_classifier |= {key for key in own if key.split(".")[0] not in parts}
     wrong = [key for key in own if key not in state or own[key].shape != state[key].shape]
     foreign = [key for key in state if key not in own]
     misfits = [*(key for key in wrong if key not in of_classifier), *foreign]

@@ -70,6 +70,23 @@ def test_weights_reach_the_blocks_and_a_checkpoint_does_not_need_their_file(tmp_
     assert "weights" not in model.hparams
 
 
+@pytest.mark.parametrize(("name", "granularity"), [("cnn", "block"), ("mobilenet_v3_small", "layer")])
+def test_weights_of_a_checkpoint_for_other_classes(name, granularity, tmp_path, caplog):
+    trained = SFF(backbone=name, num_classes=5, granularity=granularity)
+    path = saved(tmp_path, {"state_dict": trained.state_dict()}, "last.ckpt")
+    features = trained.net.backbone_state_dict()
+    with caplog.at_level(logging.WARNING):
+        again = SFF(backbone=name, num_classes=7, weights=path)
+        end_to_end = Backprop(backbone=name, num_classes=7, weights=path)
+    assert "classifier" in caplog.text
+    own = end_to_end.net.model.state_dict()
+    for key, value in features.items():
+        assert torch.equal(again.net.backbone_state_dict()[key], value), key
+        assert torch.equal(own[key], value), key
+    with pytest.raises(ValueError, match="tensors differ"):
+        Backprop(backbone="resnet18", num_classes=7, weights=path)
+
+
 def test_weights_by_a_name_of_torchvision(monkeypatch):
     source = models.resnet18(num_classes=1000)
     monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", lambda self, **kwargs: source.state_dict())

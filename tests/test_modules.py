@@ -175,6 +175,14 @@ def test_every_block_has_its_optimizer_and_its_learning_rate(make_trainer, digit
     assert all(isinstance(optimizer, torch.optim.SGD) for optimizer in trainer.optimizers)
 
 
+@pytest.mark.parametrize("optimization", ["manual", "automatic"])
+def test_lower_blocks_may_learn_more_slowly(optimization, make_trainer, digits):
+    trainer = make_trainer()
+    trainer.fit(make(lr=0.1, lr_decay=0.5, lr_scheduler="constant", optimization=optimization), digits)
+    rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    assert rates == [0.025, 0.05, 0.1]
+
+
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 @pytest.mark.parametrize("optimization", ["manual", "automatic"])
 def test_a_scheduler_given_as_a_class_counts_steps_or_epochs(optimization, interval, make_trainer, digits):
@@ -306,6 +314,8 @@ def test_a_trainer_flag_that_manual_optimization_refuses_names_its_replacement(f
         ({"num_classes": None}, "num_classes is missing"),
         ({"backbone": "resnet81"}, "backbone='resnet81' is not known.*did you mean 'resnet18'"),
         ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr_decay": 0.0}, "lr_decay=0.0"),
+        ({"lr_decay": 0.5, "optimizer": torch.optim.SGD}, "lr_decay=0.5 needs the lr of the last block"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler='cosin'.*did you mean 'cosine'"),
         ({"optimization": "auto"}, "optimization='auto'"),
         ({"clip_norm": 0}, "clip_norm=0"),

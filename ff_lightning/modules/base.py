@@ -46,6 +46,8 @@ class LocalLearner(Reporting):
         input_shape: (C, H, W) of an image; None: (3, 32, 32). The command line takes it from the data.
         optimizer: A class, a partial of it, or ``{class_path, init_args}``, called with parameter groups. None: AdamW.
         lr: Learning rate of every block; None: the one of `optimizer`, or 5e-3 for the default.
+        lr_decay: The learning rate of each block is that of the block above it times this factor: below 1 for
+            fine-tuning, where lower blocks should move less.
         lr_scheduler: ``"onecycle"``, ``"cosine"`` or ``"constant"``, for each optimizer step; or a class, a partial or
             ``{class_path, init_args}``, called with the optimizer.
         lr_interval: Whether a scheduler given as a class counts each optimizer ``"step"`` or each ``"epoch"``.
@@ -68,6 +70,7 @@ class LocalLearner(Reporting):
         input_shape: tuple[int, int, int] | None = None,
         optimizer: OptimizerCallable | None = None,
         lr: float | None = None,
+        lr_decay: float = 1.0,
         lr_scheduler: Schedule | LRSchedulerCallable = "onecycle",
         lr_interval: Literal["step", "epoch"] = "epoch",
         optimization: Literal["manual", "automatic"] = "manual",
@@ -79,7 +82,16 @@ class LocalLearner(Reporting):
     ) -> None:
         super().__init__()
         checks.check_arguments(
-            num_classes, lr, lr_scheduler, optimization, clip_norm, clip_value, accumulate, memory_format
+            num_classes,
+            lr,
+            lr_decay,
+            optimizer,
+            lr_scheduler,
+            optimization,
+            clip_norm,
+            clip_value,
+            accumulate,
+            memory_format,
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
@@ -93,6 +105,7 @@ class LocalLearner(Reporting):
         self.automatic_optimization = optimization == "automatic"
         self.make_optimizer = to_factory("optimizer", optimizer) if optimizer else torch.optim.AdamW
         self.lr = lr if lr is not None or optimizer else 5e-3
+        self.lr_decay = lr_decay
         self.schedule = lr_scheduler
         self.lr_interval = lr_interval
         self.clip_norm = clip_norm
@@ -232,8 +245,7 @@ class LocalLearner(Reporting):
             parameters = self.net.block_parameters(k)
             if parameters:
                 self._optimizer_of_block[k] = len(groups)
-                rate = {} if self.lr is None else {"lr": self.lr}
-                groups.append({"params": parameters, "name": f"block{k:02d}", **rate})
+                groups.append({"params": parameters, "name": f"block{k:02d}", **self._rate_of(k)})
         if not groups:
             raise ValueError("every parameter is frozen (requires_grad=False): there is nothing to train")
         per_optimizer = [groups] if self.automatic_optimization else [[group] for group in groups]
@@ -246,6 +258,9 @@ class LocalLearner(Reporting):
         return optimizers, [
             {"scheduler": scheduler, "interval": interval, "monitor": monitored(scheduler)} for scheduler in schedulers
         ]
+
+    def _rate_of(self, k: int) -> dict[str, float]:
+        return {} if self.lr is None else {"lr": self.lr * self.lr_decay ** (len(self.net.blocks) - 1 - k)}
 
     def _scaler(self) -> torch.amp.GradScaler | None:
         return getattr(self.trainer.precision_plugin, "scaler", None)

@@ -29,6 +29,8 @@ MEMORY_FORMATS: dict[str | None, torch.memory_format] = {
 def check_arguments(
     num_classes: int | None,
     lr: float | None,
+    lr_decay: float,
+    optimizer: Any,
     lr_scheduler: Any,
     optimization: str,
     clip_norm: float | None,
@@ -41,6 +43,10 @@ def check_arguments(
         raise ValueError("num_classes is missing: give the number of classes of the data")
     if lr is not None and lr <= 0:
         raise ValueError(f"lr={lr}: must be above 0")
+    if not 0 < lr_decay <= 1:
+        raise ValueError(f"lr_decay={lr_decay}: must be above 0 and at most 1")
+    if lr is None and lr_decay != 1 and optimizer is not None:
+        raise ValueError(f"lr_decay={lr_decay} needs the lr of the last block: give lr beside the optimizer")
     if isinstance(lr_scheduler, str) and lr_scheduler not in get_args(Schedule):
         allowed = f"one of {list(get_args(Schedule))}, or a scheduler class"
         raise ValueError(unknown("lr_scheduler", lr_scheduler, get_args(Schedule), allowed))
