@@ -173,6 +173,8 @@ def write_cifar(folder, address, fine):
         name: {"data": generator.integers(0, 256, (copies * classes, 3072), np.uint8), key: [*range(classes)] * copies}
         for name in names[True] + names[False]
     }
+    for content in contents.values() if fine else ():
+        content["coarse_labels"] = [label // 5 for label in content[key]]
     names_file = "meta" if fine else "batches.meta"
     class_names = {
         "fine_label_names" if fine else "label_names": list((data.CIFAR100 if fine else data.CIFAR10).class_names)

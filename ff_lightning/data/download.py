@@ -73,7 +73,7 @@ class DownloadedData(ImageData):
 
     @property
     def _marker(self) -> Path:
-        return Path(self.root).expanduser() / f".{type(self).__name__}.incomplete"
+        return Path(self.root).expanduser() / f".{self.extracted or type(self).__name__}.incomplete"
 
     def _open(self, split: str, download: bool = False) -> Any:
         return self.reader(str(Path(self.root).expanduser()), download=download, **self.splits[split])
