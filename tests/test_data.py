@@ -3,15 +3,17 @@ import pickle
 import tarfile
 import types
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from ff_lightning import data
-from tests.conftest import REAL_DATA
+from ff_lightning import SFF, data
+from tests.conftest import REAL_DATA, small_net
 
 
 def all_of(loader):
@@ -286,3 +288,48 @@ def test_more_processes_than_images(image_folder):
         module.train_dataloader()
     with pytest.raises(ValueError, match="20 images for evaluation on 50 processes"):
         module.val_dataloader()
+
+
+@pytest.mark.parametrize("flags", [{"overfit_batches": 2}, {"reload_dataloaders_every_n_epochs": 1}, {}])
+def test_a_trainer_gives_the_batches_of_a_plain_loop(make_trainer, flags):
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, model, batch, batch_idx):
+            seen.append(batch)
+
+        def on_predict_batch_start(self, trainer, model, batch, batch_idx, dataloader_idx=0):
+            seen.append(batch)
+
+    seen = []
+    module = data.FakeImages(images=200, image_size=16, batch_size=32)
+    model = SFF(backbone=small_net(3), num_classes=10, input_shape=(3, 16, 16))
+    trainer = make_trainer(max_epochs=2, callbacks=[Watch()], **flags)
+    trainer.fit(model, module)
+    loader = module.train_dataloader()
+    if "overfit_batches" in flags:
+        assert len(seen) == 4
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[2], strict=True)), "the same batches each epoch"
+    else:
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            for (x, y), (given, classes), _ in zip(loader, seen[3 * epoch :], range(3), strict=False):
+                assert torch.equal(x, given)
+                assert torch.equal(y, classes)
+    seen.clear()
+    trainer.predict(model, module)
+    assert torch.equal(seen[0][0], next(iter(module.test_dataloader()))[0])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_run_interrupted_in_mid_epoch_ends_in_the_same_weights(make_trainer, tmp_path, in_memory):
+    def fit(path=None, **settings):
+        module = data.FakeImages(images=200, image_size=16, batch_size=32, num_workers=0, in_memory=in_memory)
+        model = SFF(backbone=small_net(3), num_classes=10, input_shape=(3, 16, 16), lr_scheduler="constant")
+        trainer = make_trainer(limit_train_batches=1.0, **settings)
+        trainer.fit(model, module, ckpt_path=path, weights_only=True)
+        return model.state_dict(), trainer.global_step
+
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    whole, _ = fit(callbacks=[keep], enable_checkpointing=True)
+    resumed, steps = fit(tmp_path / "epoch=0-step=3.ckpt")
+    assert steps == 10
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
