@@ -127,7 +127,8 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())  # the user's own classes, as with python -m
     given = sys.argv[1:] if args is None else list(args)
     if given[:1] == ["sheet"]:  # needs neither model nor trainer, which a subcommand of LightningCLI has
-        return sheet.main(given[1:])
+        sheet.main(given[1:])
+        return
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message="The dirpath has changed from")  # every test writes a folder of its own
@@ -146,7 +147,6 @@ def main(args: Sequence[str] | None = None) -> None:
         parser_kwargs={"version": __version__, "epilog": "ff-lightning sheet --help: look at the images of a data set"},
         args=None if args is None else given,
     )
-    return None
 
 
 def _own_refusal(error: BaseException | None) -> BaseException | None:

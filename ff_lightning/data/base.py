@@ -39,7 +39,7 @@ from ff_lightning.data.reading import (
     labels_of,
     read_all,
 )
-from ff_lightning.data.splits import ValFrom, class_numbers, split_off, take_subset
+from ff_lightning.data.splits import ValFrom, check_labels, class_numbers, renumber, split_off, take_subset
 
 log = logging.getLogger(__name__)
 
@@ -192,18 +192,8 @@ class ImageData(LightningDataModule):
         """Classes of all images of a data set, as this module numbers them; -1: not one of its classes."""
         labels = labels_of(images)
         if self.class_numbers is not None:
-            numbers = np.full(max(labels.max(), *self.class_numbers) + 1, -1)
-            numbers[self.class_numbers] = np.arange(self.num_classes)
-            labels = numbers[labels]
-        elif labels.max() >= self.num_classes:
-            raise ValueError(
-                f"an image for {purpose} is of class {labels.max()}: there are {self.num_classes} class names"
-            )
-        missing = [self.class_names[n] for n in sorted(set(range(self.num_classes)) - set(labels.tolist()))]
-        if missing and purpose == "training":
-            raise ValueError(f"there is no image for training of {missing}")
-        if missing:
-            log.warning("there is no image for %s of %s", purpose, missing)
+            labels = renumber(labels, self.class_numbers)
+        check_labels(labels, self.class_names, purpose)
         return labels
 
     def _choose(self, labels: Numbers, has_val: bool) -> tuple[Numbers, Numbers | None]:

@@ -1,5 +1,6 @@
 """Which images are trained on and which are validated on: stratified, and the same on every machine for a seed."""
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,6 +10,8 @@ from sklearn.utils import resample
 
 from ff_lightning.data.reading import Numbers
 from ff_lightning.suggest import unknown
+
+log = logging.getLogger(__name__)
 
 ValFrom = Literal["subset", "rest"]
 
@@ -33,6 +36,33 @@ def class_numbers(classes: Sequence[int | str], names: Sequence[str]) -> list[in
     if len(set(numbers)) != len(numbers) or len(numbers) < 2:
         raise ValueError(f"classes={list(classes)}: give two or more classes, each once")
     return numbers
+
+
+def renumber(labels: Numbers, chosen: Sequence[int]) -> Numbers:
+    """Labels numbered by their place among the chosen classes; -1 for other classes.
+
+    Example:
+        >>> renumber(np.array([5, 6, 7]), [7, 5])
+        array([ 1, -1,  0])
+    """
+    places = np.full(max(labels.max(), *chosen) + 1, -1)
+    places[list(chosen)] = np.arange(len(chosen))
+    return places[labels]
+
+
+def check_labels(labels: Numbers, names: Sequence[str], purpose: str) -> None:
+    """Warn where a class has no image.
+
+    Raises:
+        ValueError: If it is one to train on, or if there are more classes than names.
+    """
+    if labels.max() >= len(names):
+        raise ValueError(f"an image for {purpose} is of class {labels.max()}: there are {len(names)} class names")
+    missing = [names[number] for number in sorted(set(range(len(names))) - set(labels.tolist()))]
+    if missing and purpose == "training":
+        raise ValueError(f"there is no image for training of {missing}")
+    if missing:
+        log.warning("there is no image for %s of %s", purpose, missing)
 
 
 def split_off(numbers: Numbers, labels: Numbers, size: float, seed: int, argument: str) -> tuple[Numbers, Numbers]:
