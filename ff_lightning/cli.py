@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ff_lightning import __version__, data, modules
 from ff_lightning.callbacks import BlockTable
-from ff_lightning.data import sheet
+from ff_lightning.data.sheet import main as sheet
 from ff_lightning.modules import LocalLearner
 from ff_lightning.suggest import closest
 
@@ -127,7 +127,7 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())  # the user's own classes, as with python -m
     given = sys.argv[1:] if args is None else list(args)
     if given[:1] == ["sheet"]:  # needs neither model nor trainer, which a subcommand of LightningCLI has
-        sheet.main(given[1:])
+        sheet(given[1:])
         return
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
@@ -145,7 +145,7 @@ def main(args: Sequence[str] | None = None) -> None:
         save_config_kwargs={"overwrite": True},
         parser_class=_Parser,
         parser_kwargs={"version": __version__, "epilog": "ff-lightning sheet --help: look at the images of a data set"},
-        args=None if args is None else given,
+        args=None if args is None else list(args),
     )
 
 
