@@ -50,8 +50,8 @@ def counts(data: ImageData) -> str:
         >>> print(counts(data))
         class  train    val
         3        131     15
-        4        131     14
-        sum      262     29
+        4        130     15
+        sum      261     30
     """
     splits = {name: getattr(data, f"{name}_set") for name in ("train", "val", "test") if hasattr(data, f"{name}_set")}
     numbers = [images.labels.bincount(minlength=data.num_classes).tolist() for images in splits.values()]
