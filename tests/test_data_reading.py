@@ -40,12 +40,13 @@ def test_pixels_of_unknown_range_are_refused(tmp_path):
             load_image(tmp_path / f"{number}.tif")
 
 
-@pytest.mark.parametrize("content", [b"no image", None], ids=["no image", "half an image"])
-@pytest.mark.parametrize(("in_memory", "workers"), [(True, 0), (False, 0), (False, 1)])
+@pytest.mark.parametrize(
+    ("in_memory", "workers", "content"), [(True, 0, b"no image"), (True, 0, None), (False, 0, None), (False, 1, b"no")]
+)
 def test_an_unreadable_image_is_named(image_folder, in_memory, workers, content):
     root = image_folder(size=(64, 64))
     path = root / "test" / "dog" / "3.png"
-    path.write_bytes(content or path.read_bytes()[:2000])
+    path.write_bytes(content or path.read_bytes()[:2000])  # or half of it
     module = data.ImageFolder(str(root), num_workers=workers, in_memory=in_memory)
 
     def read():

@@ -45,6 +45,7 @@ def counts(data: ImageData) -> str:
     """A table of the images of each class in each split.
 
     Example:
+        >>> from ff_lightning.data import Digits
         >>> data = Digits(classes=["3", "4"])
         >>> data.setup("fit")
         >>> print(counts(data))
