@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from ff_lightning import __version__, data, modules
 from ff_lightning.callbacks import BlockTable, LastCheckpoint
 from ff_lightning.checkpoints import check_whole
+from ff_lightning.data.sheet import main as sheet
 from ff_lightning.modules import LocalLearner
 from ff_lightning.suggest import closest
 
@@ -124,12 +125,16 @@ class CLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a subcommand: fit, validate, test or predict.
+    """Run a subcommand: fit, validate, test or predict, or sheet.
 
     Args:
         args: What follows ``ff-lightning`` on the command line. None: the command line of the process.
     """
     sys.path.insert(0, os.getcwd())  # the user's own classes, as with python -m
+    given = sys.argv[1:] if args is None else list(args)
+    if given[:1] == ["sheet"]:  # needs neither model nor trainer, which a subcommand of LightningCLI has
+        sheet(given[1:])
+        return
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message="The dirpath has changed from")  # every test writes a folder of its own
@@ -143,7 +148,7 @@ def main(args: Sequence[str] | None = None) -> None:
         trainer_defaults={"callbacks": [BlockTable()], "enable_model_summary": False},
         save_config_kwargs={"overwrite": True},
         parser_class=_Parser,
-        parser_kwargs={"version": __version__},
+        parser_kwargs={"version": __version__, "epilog": "ff-lightning sheet --help: look at the images of a data set"},
         args=None if args is None else list(args),
     )
 

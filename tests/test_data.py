@@ -3,14 +3,17 @@ import pickle
 import tarfile
 import types
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torchvision import datasets
+from torchvision.transforms import v2
 
-from ff_lightning import data
-from tests.conftest import REAL_DATA
+from ff_lightning import SFF, data
+from tests.conftest import REAL_DATA, small_net
 
 
 def all_of(loader):
@@ -90,7 +93,7 @@ def test_folder_without_test_uses_val_as_test(image_folder, caplog):
     module.setup("fit")
     module.setup("test")
     assert [len(s) for s in (module.train_set, module.val_set, module.test_set)] == [16, 4, 20]
-    assert not set(module.train_set.chosen) & set(module.val_set.chosen)
+    assert not set(module.train_set.numbers) & set(module.val_set.numbers)
     assert sorted(label for _, label in module.val_set) == [0, 0, 1, 1]
 
 
@@ -106,36 +109,30 @@ def test_folder_resizes_and_crops_to_a_square(image_folder):
     module = data.ImageFolder(str(image_folder(size=(20, 30))), image_size=12, num_workers=0)
     module.setup("fit")
     assert module.train_set[0][0].shape == module.val_set[0][0].shape == (3, 12, 12)
+    image = Image.open(f"{module.root}/val/cat/0.png")
+    expected = v2.Compose([v2.Resize(12), v2.CenterCrop(12)])(v2.functional.pil_to_tensor(image))
+    assert torch.equal(module.val_set[0][0], expected)
     assert data.ImageFolder(module.root).input_shape == (3, 20, 20)
 
 
 def test_augmentation_changes_training_images_only(image_folder):
     root = str(image_folder())
-    torch.manual_seed(0)
-    plain, augmented = data.ImageFolder(root, augment=False), data.ImageFolder(root)
-    for module in (plain, augmented):
+    batches = {}
+    for augment in (False, True):
+        module = data.ImageFolder(root, augment=augment, batch_size=20)
         module.setup("fit")
-    assert torch.equal(plain.train_set[0][0], plain.train_set[0][0])
-    assert not torch.equal(augmented.train_set[0, 0][0], augmented.train_set[1, 0][0])
-    assert torch.equal(augmented.train_set[1, 0][0], augmented.train_set[1, 0][0]), "same epoch, same image"
-    assert torch.equal(plain.val_set[0][0], augmented.val_set[0][0])
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
-def test_images_of_other_modes_become_rgb(image_folder, mode):
-    module = data.ImageFolder(str(image_folder(mode=mode)), num_workers=0)
-    module.setup("test")
-    assert module.test_set[0][0].shape == (3, 16, 16)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named(image_folder, workers):
-    root = image_folder()
-    (root / "test" / "dog" / "3.png").write_bytes(b"no image")
-    module = data.ImageFolder(str(root), num_workers=workers)
-    module.setup("test")
-    with pytest.raises(OSError, match=r"cannot read the image .*test/dog/3.png"):
-        list(module.test_dataloader())
+        for epoch in (0, 1, 0):
+            loader = module.train_dataloader()
+            loader.sampler.set_epoch(epoch)
+            ((images, labels),) = loader
+            order = torch.tensor([index for _, index in list(loader.sampler)]).argsort()
+            assert torch.equal(labels[order], module.train_set.labels)
+            batches.setdefault((augment, epoch), images[order])
+            assert torch.equal(batches[augment, epoch], images[order]), "same epoch, same images"
+        batches[augment, "val"] = all_of(module.val_dataloader())[0]
+    assert torch.equal(batches[False, 0], batches[False, 1])
+    assert not torch.equal(batches[True, 0], batches[True, 1])
+    assert torch.equal(batches[True, "val"], batches[False, "val"])
 
 
 def test_missing_folders_and_classes_are_named(image_folder, tmp_path):
@@ -178,6 +175,8 @@ def write_cifar(folder, address, fine):
         name: {"data": generator.integers(0, 256, (copies * classes, 3072), np.uint8), key: [*range(classes)] * copies}
         for name in names[True] + names[False]
     }
+    for content in contents.values() if fine else ():
+        content["coarse_labels"] = [label // 5 for label in content[key]]
     names_file = "meta" if fine else "batches.meta"
     class_names = {
         "fine_label_names" if fine else "label_names": list((data.CIFAR100 if fine else data.CIFAR10).class_names)
@@ -226,7 +225,7 @@ def test_class_numbers_follow_the_order_of_the_archives():
 
 @pytest.mark.skipif(not (REAL_DATA / "cifar10").is_dir(), reason=f"no real images in {REAL_DATA} (see FF_DATA)")
 def test_real_cifar_folder():
-    module = data.ImageFolder(str(REAL_DATA / "cifar10"), num_workers=0)
+    module = data.ImageFolder(str(REAL_DATA / "cifar10"), num_workers=0, in_memory=False)
     module.setup("fit")
     module.setup("test")
     assert (module.num_classes, module.input_shape) == (10, (3, 32, 32))
@@ -237,14 +236,29 @@ def test_real_cifar_folder():
     assert labels.unique().numel() == 10
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_goes_on_where_it_stopped_with_the_same_images(image_folder, workers):
+@pytest.mark.skipif(not (REAL_DATA / "imagenette2-128").is_dir(), reason=f"no real images in {REAL_DATA} (see FF_DATA)")
+@pytest.mark.parametrize("name", ["ImageFolder", "Imagenette"])
+def test_real_imagenette(name, tmp_path):
+    (tmp_path / "imagenette2-160").symlink_to(REAL_DATA / "imagenette2-128")
+    root = tmp_path / "imagenette2-160" if name == "ImageFolder" else tmp_path
+    module = getattr(data, name)(root=str(root), image_size=128, samples_per_class=20, cache_dir=str(tmp_path))
+    module.setup("fit")
+    assert [len(s) for s in (module.train_set, module.val_set)] == [180, 20]
+    images, labels = next(iter(module.train_dataloader()))
+    assert images.shape == (128, 3, 128, 128)
+    assert 0.5 < images.std() < 1.5
+    assert labels.unique().numel() == 10
+
+
+@pytest.mark.parametrize(("workers", "in_memory"), [(0, True), (0, False), (2, False)])
+@pytest.mark.parametrize("size", [16, 80])
+def test_a_loader_goes_on_where_it_stopped_with_the_same_images(image_folder, workers, in_memory, size):
     def batches(loader):
         loader.sampler.set_epoch(3)
         return [torch.cat([x.flatten(), y.float()]) for x, y in loader]
 
     root = str(image_folder(count=20))
-    module = data.ImageFolder(root, batch_size=4, num_workers=0)
+    module = data.ImageFolder(root, batch_size=4, num_workers=0, image_size=size, in_memory=in_memory)
     module.setup("fit")
     whole = batches(module.train_dataloader())
     module.num_workers = workers
@@ -256,10 +270,11 @@ def test_a_loader_goes_on_where_it_stopped_with_the_same_images(image_folder, wo
     assert torch.equal(torch.stack(following), torch.stack(whole)), "the next epoch is whole again"
 
 
-def test_reading_does_not_touch_the_random_numbers_of_the_model(image_folder):
-    module = data.ImageFolder(str(image_folder()), batch_size=4, num_workers=0)
-    module.setup("fit")
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_reading_does_not_touch_the_random_numbers_of_the_model(image_folder, in_memory):
+    module = data.ImageFolder(str(image_folder()), batch_size=4, num_workers=0, in_memory=in_memory)
     before = torch.get_rng_state()
+    module.setup("fit")
     list(module.train_dataloader())
     list(module.val_dataloader())
     assert torch.equal(torch.get_rng_state(), before)
@@ -273,3 +288,48 @@ def test_more_processes_than_images(image_folder):
         module.train_dataloader()
     with pytest.raises(ValueError, match="20 images for evaluation on 50 processes"):
         module.val_dataloader()
+
+
+@pytest.mark.parametrize("flags", [{"overfit_batches": 2}, {"reload_dataloaders_every_n_epochs": 1}, {}])
+def test_a_trainer_gives_the_batches_of_a_plain_loop(make_trainer, flags):
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, model, batch, batch_idx):
+            seen.append(batch)
+
+        def on_predict_batch_start(self, trainer, model, batch, batch_idx, dataloader_idx=0):
+            seen.append(batch)
+
+    seen = []
+    module = data.FakeImages(images=200, image_size=16, batch_size=32)
+    model = SFF(backbone=small_net(3), num_classes=10, input_shape=(3, 16, 16))
+    trainer = make_trainer(max_epochs=2, callbacks=[Watch()], **flags)
+    trainer.fit(model, module)
+    loader = module.train_dataloader()
+    if "overfit_batches" in flags:
+        assert len(seen) == 4
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[2], strict=True)), "the same batches each epoch"
+    else:
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            for (x, y), (given, classes), _ in zip(loader, seen[3 * epoch :], range(3), strict=False):
+                assert torch.equal(x, given)
+                assert torch.equal(y, classes)
+    seen.clear()
+    trainer.predict(model, module)
+    assert torch.equal(seen[0][0], next(iter(module.test_dataloader()))[0])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_run_interrupted_in_mid_epoch_ends_in_the_same_weights(make_trainer, tmp_path, in_memory):
+    def fit(path=None, **settings):
+        module = data.FakeImages(images=200, image_size=16, batch_size=32, num_workers=0, in_memory=in_memory)
+        model = SFF(backbone=small_net(3), num_classes=10, input_shape=(3, 16, 16), lr_scheduler="constant")
+        trainer = make_trainer(limit_train_batches=1.0, **settings)
+        trainer.fit(model, module, ckpt_path=path, weights_only=True)
+        return model.state_dict(), trainer.global_step
+
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    whole, _ = fit(callbacks=[keep], enable_checkpointing=True)
+    resumed, steps = fit(tmp_path / "epoch=0-step=3.ckpt")
+    assert steps == 10
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)

@@ -1,45 +1,79 @@
-"""What all data modules share: splits, transforms and loaders.
+"""What all data modules share: splits and loaders.
 
-A data set says how its training and its test images are read; validation is always cut from the training images, with
-a seed of its own, and the test images are touched by ``test`` and ``predict`` alone.
+    read_train / read_val / read_test        images and classes, by torchvision or by the user's own data set
+      |  splits.py                           classes, subset, validation: stratified, by the seed alone
+      |  reading.py, cache.py                one uint8 tensor in memory, or a reader for workers
+      |  loaders.py                          uint8 batches, the same again in a run that was resumed
+      |  augment.py                          crops, flips and normalisation of the batch, on the device
+    (x, y)                                   float32 (B, C, S, S), int64 (B,)
+
+A data set says how its training and its test images are read; validation is cut from the training images, with a seed
+of its own, and the test images are touched by ``test`` and ``predict`` alone.
 """
 
-import itertools
+import logging
+import math
 import os
-import random
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
-from sklearn.model_selection import train_test_split
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.transforms import v2
+from torch.utils.data import Dataset
+
+from ff_lightning.data.augment import Crop
+from ff_lightning.data.cache import cached
+from ff_lightning.data.loaders import BatchLoader, EpochSampler, Finish, ResumableLoader, Sample, Split
+from ff_lightning.data.reading import (
+    Held,
+    Numbers,
+    OnError,
+    Reader,
+    as_it_is,
+    files_of,
+    find_readable,
+    labels_of,
+    read_all,
+)
+from ff_lightning.data.splits import ValFrom, check_labels, class_numbers, renumber, split_off, take_subset
+
+log = logging.getLogger(__name__)
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-Sample = tuple[Any, int]  # an image (PIL or uint8 tensor) and its class
+MEMORY_LIMIT = 2 * 2**30
+"""Bytes of pixels of a split up to which it is held in memory."""
+FORMAT = 1  # of what is cached: a change of how images are read makes the files of before stale
 
 
 class ImageData(LightningDataModule):
     """Base of the data modules: images (B, C, H, W), float32, normalised; classes (B,), int64.
 
     All data sets have the same defaults, so that another ``--data`` on the command line changes nothing else. A data
-    set sets `class_names`, `input_shape` and `statistics` in its `__init__` and implements `read_train` and
-    `read_test`; `read_val` only where it has a validation set of its own.
+    set has `class_names`, `input_shape` and `statistics` as class attributes, or sets them in its `__init__` before it
+    calls this one, and implements `read_train` and `read_test`; `read_val` only where it has a validation set of its
+    own. What they return gives the same image each time: augmentation is done here.
 
     Args:
         root: Folder of the data.
         batch_size: Images per batch and process.
-        num_workers: Processes that read images; None: half the cores, 8 at most, or none for images in memory.
+        num_workers: Processes that decode images; None: half the cores, 8 at most. Images in memory need none.
         image_size: Pixels of a side; None: as the data set has them.
         augment: Random crops and flips of the training images.
         val_fraction: Share of the training images that becomes the validation set, the same for each class.
-        seed: Seed of that split.
+        seed: Seed of the splits.
+        samples_per_class: So many training images of each class, instead of all.
+        subset: So many training images in all, of each class its share.
+        val_from: With a subset: whether validation images are cut from this ``"subset"``, since whoever has few labels
+            has no others, or are those of the whole set (``"rest"``), and the subset is taken from what they leave.
+        classes: Numbers or names of classes: only these, numbered from 0 in this order.
+        download: Whether to download to `root` what is not there, if there is something to download.
+        in_memory: Hold a split as one tensor of pixels; None: up to 2 GiB. Else workers read it batch by batch.
+        cache_dir: Folder for the decoded images of a set in memory that is made of files; None: ``root/.ff_lightning``.
+        on_error: An image that cannot be read is an error (``"raise"``) or is left out and reported (``"skip"``).
 
     Attributes:
         class_names: Names of the classes in the order of their numbers.
@@ -56,6 +90,8 @@ class ImageData(LightningDataModule):
     """Mean and standard deviation of each channel, for pixels from 0 to 1."""
     flips = True
     """Whether a mirrored image is of the same class."""
+    crops = True
+    """Whether a part of an image is of the same class."""
 
     def __init__(
         self,
@@ -66,24 +102,52 @@ class ImageData(LightningDataModule):
         augment: bool = True,
         val_fraction: float = 0.1,
         seed: int = 0,
+        samples_per_class: int | None = None,
+        subset: int | None = None,
+        val_from: ValFrom = "subset",
+        classes: list[int | str] | None = None,
+        download: bool = True,
+        in_memory: bool | None = None,
+        cache_dir: str | None = None,
+        on_error: OnError = "raise",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        for name, value in (
+            ("batch_size", batch_size), ("image_size", image_size),
+            ("samples_per_class", samples_per_class), ("subset", subset),
+        ):  # fmt: skip
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
-        if image_size is not None and image_size < 1:
-            raise ValueError(f"image_size={image_size}: must be at least 1")
+        if samples_per_class is not None and subset is not None:
+            raise ValueError(f"samples_per_class={samples_per_class} and subset={subset}: give one of them")
+        for name, choice, allowed in (
+            ("val_from", val_from, ("subset", "rest")), ("on_error", on_error, ("raise", "skip")),
+        ):  # fmt: skip
+            if choice not in allowed:
+                raise ValueError(f"{name}={choice!r}: must be one of {allowed}")
         self.root = root
         self.batch_size = batch_size
-        self.num_workers = self.default_workers() if num_workers is None else num_workers
+        self.num_workers = min(8, _cores() // 2) if num_workers is None else num_workers
         self.image_size = image_size
         if image_size is not None and hasattr(self, "input_shape"):
             self.input_shape = (self.input_shape[0], image_size, image_size)
         self.augment = augment
         self.val_fraction = val_fraction
         self.seed = seed
+        self.samples_per_class, self.subset, self.val_from = samples_per_class, subset, val_from
+        self.download = download
+        self.in_memory, self.cache_dir, self.on_error = in_memory, cache_dir, on_error
+        self.class_numbers: list[int] | None = None
+        if classes is not None:
+            if not hasattr(self, "class_names"):
+                raise ValueError(
+                    f"classes={classes}: {type(self).__name__} must set class_names before super().__init__"
+                )
+            self.class_numbers = class_numbers(classes, self.class_names)
+            self.class_names = [self.class_names[number] for number in self.class_numbers]
 
     @property
     def num_classes(self) -> int:
@@ -91,11 +155,6 @@ class ImageData(LightningDataModule):
         return len(self.class_names)
 
     # ------------------------------------------------------------------------------------- what a data set fills in
-
-    def default_workers(self) -> int:
-        """Processes that read images if the user gave no number."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(8, cores // 2)
 
     def read_train(self) -> Dataset[Sample]:
         """The training images, with their classes in `targets`."""
@@ -109,62 +168,97 @@ class ImageData(LightningDataModule):
         """The test images."""
         raise NotImplementedError(f"{type(self).__name__} must implement read_test")
 
-    # ----------------------------------------------------------------------------------------------- splits and loaders
+    # ------------------------------------------------------------------------------------------------------- splits
 
     def setup(self, stage: str) -> None:
         """Read what the stage needs."""
         if stage in ("fit", "validate"):
-            images = self.read_train()
-            chosen: Sequence[int] = range(len(cast(Any, images)))
-            val_images = self.read_val()
-            if val_images is None:
-                chosen, held_out = self._split(images)
-                self.val_set: Dataset[Sample] = _Prepared(images, held_out, self.eval_transform())
+            images, val_images = self.read_train(), self.read_val()
+            labels = self._labels("training", images)
+            train, val = self._choose(labels, val_images is not None)
+            if val is None:
+                (self.train_set,) = self._splits("train", images, labels, train)
+                labels = self._labels("validation", val_images)
+                (self.val_set,) = self._splits("val", val_images, labels, np.flatnonzero(labels >= 0))
             else:
-                self.val_set = _Prepared(val_images, None, self.eval_transform())
-            self.train_set: Dataset[Sample] = _Augmented(images, chosen, self.train_transform(), self._shuffle_seed())
+                self.train_set, self.val_set = self._splits("train", images, labels, train, val)
+            self.train_set.augment(self._shuffle_seed(), *(self._augmentation() if self.augment else ("none", False)))
         else:
-            self.test_set: Dataset[Sample] = _Prepared(self.read_test(), None, self.eval_transform())
+            images = self.read_test()
+            labels = self._labels("test", images)
+            (self.test_set,) = self._splits("test", images, labels, np.flatnonzero(labels >= 0))
 
-    def _split(self, images: Any) -> tuple[list[int], list[int]]:
-        """Numbers of the images to train on and to validate on."""
-        targets = np.asarray(images.targets)
-        try:
-            train, val = train_test_split(
-                np.arange(len(targets)), test_size=self.val_fraction, stratify=targets, random_state=self.seed
+    def _labels(self, purpose: str, images: Any) -> Numbers:
+        """Classes of all images of a data set, as this module numbers them; -1: not one of its classes."""
+        labels = labels_of(images)
+        if self.class_numbers is not None:
+            labels = renumber(labels, self.class_numbers)
+        check_labels(labels, self.class_names, purpose)
+        return labels
+
+    def _choose(self, labels: Numbers, has_val: bool) -> tuple[Numbers, Numbers | None]:
+        """Numbers of the images to train on and to validate on; None: the validation set that the data set has."""
+
+        def subset(numbers: Numbers) -> Numbers:
+            return take_subset(numbers, labels, self.class_names, self.samples_per_class, self.subset, self.seed)
+
+        def validation(numbers: Numbers) -> tuple[Numbers, Numbers]:
+            argument = f"val_fraction={self.val_fraction}"
+            return split_off(numbers, labels, self.val_fraction, self.seed, argument)
+
+        everything = np.flatnonzero(labels >= 0)
+        from_subset = self.val_from == "subset" and (self.samples_per_class or self.subset)
+        if has_val and not from_subset:
+            return subset(everything), None
+        if from_subset:
+            return validation(subset(everything))
+        rest, val = validation(everything)
+        return subset(rest), val
+
+    def _splits(self, name: str, images: Any, labels: Numbers, *parts: Numbers) -> list[Split]:
+        """Parts of the images, each with its classes, from one source of pixels."""
+        needed = np.sort(np.concatenate(parts))
+        reader = Reader(images, self.input_shape)
+        source: Reader | Held = reader
+        readable = np.ones(len(needed), bool)
+        if self._fits_in_memory(len(needed)):
+            files = files_of(images)
+            if files is None or len(needed) < len(files):
+                content = read_all(reader, needed, self.num_workers, self.on_error)
+            else:
+                path = self._cache_file(f"{name}-{self.input_shape[1]}")
+                settings = (FORMAT, self.input_shape, self.on_error)
+                content = cached(
+                    path, files, settings, lambda: read_all(reader, needed, self.num_workers, self.on_error)
+                )
+            source, readable = Held(content["pixels"], needed), content["readable"].numpy()
+        elif self.on_error == "skip":
+            readable = find_readable(reader, needed, self.num_workers)
+        if not readable.all():
+            log.warning(
+                "left out %d of %d images of %r that cannot be read", (~readable).sum(), len(readable), self.root
             )
-        except ValueError as error:
-            raise ValueError(f"val_fraction={self.val_fraction} of {len(targets)} training images: {error}") from error
-        return sorted(train.tolist()), sorted(val.tolist())
+        parts = tuple(part[readable[np.searchsorted(needed, part)]] for part in parts)
+        return [Split(source, part, labels[part]) for part in parts]
 
-    def train_transform(self) -> v2.Transform:
-        """From an image to a normalised tensor, with augmentation."""
-        size = self.input_shape[1]
-        steps: list[Any] = [v2.ToImage()]
-        if not self.augment:
-            return self.eval_transform()
-        if size <= 64:
-            steps += [*self._resize(), v2.RandomCrop(size, padding=size // 8)]
-        else:
-            steps += [v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True)]
-        return v2.Compose([*steps, *([v2.RandomHorizontalFlip()] if self.flips else []), *self._normalize()])
+    def _cache_file(self, name: str) -> Path:
+        folder = Path(self.cache_dir or Path(self.root, ".ff_lightning")).expanduser()
+        return folder / f"{type(self).__name__}-{name}.pt"
 
-    def eval_transform(self) -> v2.Transform:
-        """From an image to a normalised tensor: the centre of it."""
-        return v2.Compose([v2.ToImage(), *self._resize(), *self._normalize()])
+    def _fits_in_memory(self, images: int) -> bool:
+        return images * math.prod(self.input_shape) <= MEMORY_LIMIT if self.in_memory is None else self.in_memory
 
-    def _resize(self) -> list[v2.Transform]:
-        size = self.input_shape[1]
-        return [v2.Resize(size, antialias=True), v2.CenterCrop(size)]
+    def _augmentation(self) -> tuple[Crop, bool]:
+        """How training images are cropped, and whether they are mirrored."""
+        crop: Crop = "none" if not self.crops else "shift" if self.input_shape[1] <= 64 else "resized"
+        return crop, self.flips
 
-    def _normalize(self) -> list[v2.Transform]:
-        mean, std = self.statistics
-        return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std)), v2.ToPureTensor()]
+    # ------------------------------------------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
         """Shuffled anew each epoch, the same way in a run that was resumed; the last partial batch is left out."""
         self._check_world(self.train_set, "training")
-        full = len(cast(Any, self.train_set)) >= self.batch_size * self._world()[0]
+        full = len(self.train_set) >= self.batch_size * self._world()[0]
         sampler = EpochSampler(self.train_set, *self._world(), seed=self._shuffle_seed(), drop_last=full)
         return self._loader(ResumableLoader, self.train_set, sampler, drop_last=full)
 
@@ -180,103 +274,43 @@ class ImageData(LightningDataModule):
         """The test images in order."""
         return self._eval_loader(self.test_set)
 
-    def _eval_loader(self, images: Dataset[Sample]) -> DataLoader[Any]:
+    def _eval_loader(self, images: Split) -> BatchLoader:
         self._check_world(images, "evaluation")
-        return self._loader(DataLoader, images, UnrepeatedDistributedSampler(images, *self._world(), shuffle=False))
+        return self._loader(BatchLoader, images, UnrepeatedDistributedSampler(images, *self._world(), shuffle=False))
 
-    def _check_world(self, images: Any, purpose: str) -> None:
+    def _check_world(self, images: Split, purpose: str) -> None:
         if len(images) < self._world()[0]:
             raise ValueError(
                 f"{len(images)} images for {purpose} on {self._world()[0]} processes: each process needs at least one"
             )
 
-    def _loader(
-        self, kind: type[DataLoader[Any]], images: Dataset[Sample], sampler: Any, drop_last: bool = False
-    ) -> DataLoader[Any]:
+    def _loader(self, kind: type[BatchLoader], images: Split, sampler: Any, drop_last: bool = False) -> BatchLoader:
+        workers = 0 if isinstance(images.source, Held) else self.num_workers
         return kind(
             images,
             batch_size=self.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=workers,
             drop_last=drop_last,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=workers > 0,
             generator=torch.Generator(),  # starting a loader draws from it: not from the one that the model draws from
+            collate_fn=as_it_is,
+            finish=Finish(images, self.statistics, self._device()),
         )
 
     def _world(self) -> tuple[int, int]:
         """Number of processes, and which one this is."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
+    def _device(self) -> torch.device:
+        """Where batches are augmented: where the Trainer uses them, or the CPU where there is no Trainer."""
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
     def _shuffle_seed(self) -> int:
         """The seed of `seed_everything`, so that runs with other seeds see other orders, alike on all processes."""
         return int(os.environ.get("PL_GLOBAL_SEED", self.seed))
 
 
-class EpochSampler(DistributedSampler[Any]):
-    """Numbers of images, each with its epoch: the augmentation of an image hangs on both and on nothing else."""
-
-    start = 0
-    """Images to leave out of the next epoch, because they were seen before the run was interrupted."""
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        start, self.start = self.start, 0
-        return ((self.epoch, index) for index in itertools.islice(super().__iter__(), start, None))
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A loader that goes on in the middle of an epoch: its state is the number of batches that it has given."""
-
-    given = 0
-    resume_at = 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # lazy: a Trainer calls iter() before it tells the sampler the epoch
-        self.given, self.resume_at = self.resume_at, 0
-        cast(EpochSampler, self.sampler).start = self.given * cast(int, self.batch_size)
-        for batch in super().__iter__():
-            self.given += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Number of batches given in this epoch."""
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next epoch after so many batches."""
-        self.resume_at = state["given"]
-
-
-class _Prepared(Dataset[Sample]):
-    """Some of the images of a data set, each through a transform."""
-
-    def __init__(self, images: Any, chosen: Sequence[int] | None, transform: Any) -> None:
-        self.images = images
-        self.chosen = range(len(images)) if chosen is None else chosen
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images[self.chosen[index]]
-        return self.transform(image), int(label)
-
-
-class _Augmented(_Prepared):
-    """The training images; how one is augmented hangs on the seed, the epoch and its number, and on nothing else."""
-
-    def __init__(self, images: Any, chosen: Sequence[int], transform: Any, seed: int) -> None:
-        super().__init__(images, chosen, transform)
-        self.seed = seed
-
-    def __getitem__(self, index: Any) -> tuple[Tensor, int]:
-        """The image with this (epoch, number)."""
-        epoch, number = index if isinstance(index, tuple) else (0, index)
-        generator = torch.default_generator
-        before = generator.get_state()
-        generator.manual_seed(random.Random(f"{self.seed} {epoch} {number}").getrandbits(63))
-        try:
-            return super().__getitem__(number)
-        finally:
-            generator.set_state(before)
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,13 +8,15 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
-from ff_lightning.data.base import ImageData, Sample
+from ff_lightning.data.base import ImageData
+from ff_lightning.data.loaders import Sample
 
 
 class Digits(ImageData):
     """1,797 real scans of handwritten digits, 8x8 grey values: 20 % are the test set, stratified with a fixed seed.
+
+    The scans are not augmented: a shifted or mirrored digit of 8 pixels is another sign.
 
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
 
@@ -32,19 +34,14 @@ class Digits(ImageData):
 
     class_names = tuple("0123456789")
     input_shape = (1, 8, 8)
-    flips = False
+    flips = crops = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.input_shape[1] < 8:
             raise ValueError(f"image_size={self.image_size}: the scans have 8 pixels, give 8 or more")
-        train = _images(train=True)
-        scale = train.images.float() / 255
+        scale = _images(train=True).images.float() / 255
         self.statistics = ([scale.mean().item()], [scale.std().item()])
-
-    def default_workers(self) -> int:
-        """None: the scans are in memory."""
-        return 0
 
     def read_train(self) -> Dataset[Sample]:
         """80 % of the scans."""
@@ -54,12 +51,15 @@ class Digits(ImageData):
         """20 % of the scans."""
         return _images(train=False)
 
-    def train_transform(self) -> v2.Transform:
-        """The scans as they are: a shifted or mirrored digit of 8 pixels is another sign."""
-        return self.eval_transform()
 
+class TensorImages(Dataset[Sample]):
+    """Images in memory.
 
-class _Scans(Dataset[Sample]):
+    Args:
+        images: uint8 (N, C, H, W).
+        targets: Classes (N,).
+    """
+
     def __init__(self, images: Tensor, targets: Tensor) -> None:
         self.images, self.targets = images, targets
 
@@ -70,9 +70,9 @@ class _Scans(Dataset[Sample]):
         return self.images[index], int(self.targets[index])
 
 
-def _images(train: bool) -> _Scans:
+def _images(train: bool) -> TensorImages:
     """The scans as uint8 (N, 1, 8, 8); the split never changes."""
     scans, targets = load_digits(return_X_y=True)
     chosen = train_test_split(np.arange(len(targets)), test_size=0.2, stratify=targets, random_state=0)[not train]
     images = torch.from_numpy(scans[chosen].reshape(-1, 1, 8, 8) / 16 * 255).round().to(torch.uint8)
-    return _Scans(images, torch.from_numpy(targets[chosen]))
+    return TensorImages(images, torch.from_numpy(targets[chosen]))

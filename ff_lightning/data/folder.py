@@ -1,15 +1,22 @@
 """Images in folders, one folder for each class."""
 
+import hashlib
+import itertools
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import torch
 from torch.utils.data import Dataset
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
-from ff_lightning.data.base import IMAGENET_STATISTICS, ImageData, Sample
+from ff_lightning.data.base import FORMAT, IMAGENET_STATISTICS, ImageData
+from ff_lightning.data.cache import cached
+from ff_lightning.data.loaders import Sample
+from ff_lightning.data.reading import load_image
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +41,32 @@ class ImageFolder(ImageData):
     statistics = IMAGENET_STATISTICS
 
     def __init__(self, root: str = "data", **kwargs: Any) -> None:
-        super().__init__(root=root, **kwargs)
         self.folders = _folders(Path(root).expanduser())
-        self.class_names = _class_names(self.folders)
-        size = self.image_size or min(_load(_first_image(self.folders["train"] / self.class_names[0])).size)
+        self.class_names = names = _class_names(self.folders)
+        super().__init__(root=root, **kwargs)
+        size = self.image_size or min(load_image(_first_image(self.folders["train"] / names[0])).size)
         self.input_shape = (3, size, size)
+
+    def prepare_data(self) -> None:
+        """Warn of images that are in two splits; sets too large for memory are too large to look for them."""
+        files = {split: list(_images(folder)) for split, folder in self.folders.items()}
+        if not self._fits_in_memory(max(map(len, files.values()))):
+            return
+        contents = cached(
+            self._cache_file("contents"),
+            [file for found in files.values() for file in found],
+            FORMAT,
+            lambda: {split: torch.stack([_content(file) for file in found]) for split, found in files.items()},
+        )
+        for split, other in itertools.combinations(files, 2):
+            known = {bytes(digest): file for digest, file in zip(contents[split].numpy(), files[split], strict=True)}
+            found = zip(contents[other].numpy(), files[other], strict=True)
+            same = [(file, known[bytes(digest)]) for digest, file in found if bytes(digest) in known]
+            if same:
+                log.warning(
+                    "%d images of %r are in %r too, such as %s and %s: what is measured on them is not to be trusted",
+                    len(same), other, split, *same[0],
+                )  # fmt: skip
 
     def read_train(self) -> Dataset[Sample]:
         """All images of ``train``."""
@@ -57,7 +85,7 @@ class ImageFolder(ImageData):
         return self._read("test")
 
     def _read(self, split: str) -> Dataset[Sample]:
-        return datasets.ImageFolder(str(self.folders[split]), loader=_load)
+        return datasets.ImageFolder(str(self.folders[split]), loader=load_image)
 
 
 def _folders(root: Path) -> dict[str, Path]:
@@ -98,18 +126,20 @@ def _class_names(folders: dict[str, Path]) -> list[str]:
 
 def _first_image(folder: Path) -> Path:
     """The first image below a folder."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMG_EXTENSIONS:
-            return path
-    raise FileNotFoundError(
-        f"class folder {folder} holds no image; known are files that end in {', '.join(IMG_EXTENSIONS)}"
-    )
+    path = next(_images(folder), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"class folder {folder} holds no image; known are files that end in {', '.join(IMG_EXTENSIONS)}"
+        )
+    return path
 
 
-def _load(path: str | Path) -> Image.Image:
-    """Read an image as RGB."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise OSError(f"cannot read the image {path}: {error}") from error
+def _images(folder: Path) -> Iterator[Path]:
+    """All images below a folder, in order."""
+    for at, _, names in sorted(os.walk(folder, followlinks=True)):
+        yield from (Path(at, name) for name in sorted(names) if is_image_file(name))
+
+
+def _content(file: Path) -> torch.Tensor:
+    """A digest, uint8 (16,)."""
+    return torch.frombuffer(bytearray(hashlib.blake2b(file.read_bytes(), digest_size=16).digest()), dtype=torch.uint8)
