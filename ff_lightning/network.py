@@ -190,7 +190,7 @@ class LocalNet(nn.Module):
         except ValueError as error:
             raise ValueError(f"block {k} ({block.name}), batch of {len(main_output(state))}: {error}") from error
         rest = out[1:] if isinstance(out, tuple) else ()
-        features = _normalise(main_output(out), self.norm, block.channel_dim)
+        features = normalise(main_output(out), self.norm, block.channel_dim)
         outside = features.detach()
         state = (outside, *map(_detach, rest)) if rest else outside
         return state, block.to_map(features)
@@ -308,11 +308,11 @@ def check_classes(y: Tensor, num_classes: int) -> None:
             raise ValueError(f"label {wrong} in the batch: num_classes={num_classes} allows 0 to {num_classes - 1}")
 
 
-def _normalise(h: Tensor, norm: Norm, channel_dim: int) -> Tensor:
+def normalise(h: Tensor, norm: Norm, channel_dim: int) -> Tensor:
     """Normalise the output of a block; see `LocalNet`."""
     if norm == "layer":
         if h.ndim == 4 and not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last):
-            return _normalise(h.movedim(1, -1), norm, -1).movedim(-1, 1)  # keeps this order, and copies nothing
+            return normalise(h.movedim(1, -1), norm, -1).movedim(-1, 1)  # keeps this order, and copies nothing
         return F.layer_norm(h, h.shape[1:])
     if norm == "channel":
         return F.layer_norm(h.movedim(channel_dim, -1), (h.shape[channel_dim],)).movedim(-1, channel_dim)

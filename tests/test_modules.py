@@ -255,6 +255,34 @@ def test_a_loss_that_is_not_finite_is_noticed_before_validation(make_trainer, di
         make_trainer(log_every_n_steps=1000, num_sanity_val_steps=0).fit(model, digits)
 
 
+def test_backprop_goes_on_from_what_sff_trained(make_trainer, digits, tmp_path):
+    trainer = make_trainer()
+    sff = SFF(**SHAPE, granularity="layer")
+    trainer.fit(sff, digits)
+    trainer.save_checkpoint(tmp_path / "sff.ckpt")
+    arguments = {"weights": str(tmp_path / "sff.ckpt"), "norm": "layer", "granularity": "layer"}
+    joined = Backprop(**SHAPE, **arguments).eval()
+    x = torch.randn(4, 1, 8, 8)
+    (*_, features) = sff.eval().net.local_features(x)
+    expected = joined.net.model.classifier(features.mean((2, 3)))
+    torch.testing.assert_close(joined(x), expected)
+    before = weights(joined)
+    make_trainer().fit(joined.train(), digits)
+    assert all(not torch.equal(p, before[key]) for key, p in joined.named_parameters()), "end to end"
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_a_probe_trains_the_last_layer_alone(norm, make_trainer, digits):
+    model = Backprop(**SHAPE, probe=True, norm=norm)
+    before = weights(model)
+    make_trainer().fit(model, digits)
+    moved = {
+        key for key, value in before.items() if key.startswith("net.") and not torch.equal(value, weights(model)[key])
+    }
+    assert len(moved) == 2
+    assert all("classifier" in key for key in moved)
+
+
 def test_hyperparameters_are_plain(make_trainer, digits, tmp_path):
     model = make(optimizer=partial(torch.optim.SGD, momentum=0.9), head=partial(GoodnessHead, depth=2), lr=0.1)
     assert model.hparams.optimizer == {"class_path": "torch.optim.sgd.SGD", "init_args": {"momentum": 0.9}}

@@ -1,7 +1,7 @@
 """Ordinary backpropagation: the baseline, as a network with one block."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from ff_lightning.backbones import Stem
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.modules.base import LocalLearner
+from ff_lightning.network import Norm, normalise
+from ff_lightning.partition import Block, Granularity, State, partition
+from ff_lightning.partition.block import main_output
 
 
 class EndToEnd(nn.Module):
@@ -16,15 +19,30 @@ class EndToEnd(nn.Module):
 
     Args:
         model: Network from images (B, C, H, W) to scores (B, K).
-        weights: To start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of a
-            state dict, whose classifier may be one for other classes.
         label_smoothing: Share of the target that is spread evenly over all classes.
+        probe: Train the last layer alone; the rest stays in evaluation.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, probe: bool = False) -> None:
         super().__init__()
         self.model = model
         self.criterion = LogSumExpLoss(label_smoothing)
+        self.probe = probe
+        if probe:
+            model.requires_grad_(False)
+            self._last_layer().requires_grad_(True)
+            self.train()
+
+    def _last_layer(self) -> nn.Module:
+        return [module for module in self.model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+
+    def train(self, mode: bool = True) -> "EndToEnd":
+        """Switch to training or evaluation; with `probe`, the last layer alone."""
+        super().train(mode)
+        if self.probe:
+            self.model.eval()
+            self._last_layer().train(mode)
+        return self
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -64,6 +82,35 @@ class EndToEnd(nn.Module):
         return self.model(x)
 
 
+class Joined(nn.Module):
+    """The blocks of a network with a norm between them, as SFF trains them, and a linear classifier on the last one.
+
+    Args:
+        model: The network to cut; its classifier is not used.
+        num_classes: K.
+        granularity: Where to cut; see `ff_lightning.partition`.
+        norm: Between the blocks; see `ff_lightning.LocalNet`.
+        input_shape: (C, H, W) of an image.
+    """
+
+    def __init__(
+        self, model: nn.Module, num_classes: int, granularity: Granularity, norm: Norm, input_shape: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(partition(model, granularity, torch.zeros(1, *input_shape)))
+        self.norm = norm
+        self.classifier = nn.Linear(cast(Block, self.blocks[-1]).map_shape[0], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of the classes, (B, C, H, W) -> (B, K)."""
+        state: State = x
+        for block in cast(Iterable[Block], self.blocks):
+            out = block(state)
+            features = normalise(main_output(out), self.norm, block.channel_dim)
+            state = (features, *out[1:]) if isinstance(out, tuple) else features
+        return self.classifier(block.to_map(features).mean((2, 3)))
+
+
 class Backprop(LocalLearner):
     """The same backbone and recipe, trained by ordinary backpropagation through the whole network.
 
@@ -72,7 +119,13 @@ class Backprop(LocalLearner):
         num_classes: K. The command line takes it from the data.
         input_shape: (C, H, W) of an image; None: (3, 32, 32). The command line takes it from the data.
         stem: ``"small"`` swaps a strided stem and its max-pooling for a 3x3 convolution: for images of 32 pixels.
+        weights: To start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of a
+            state dict or checkpoint, whose classifier may be one for other classes.
         label_smoothing: Share of the target that is spread evenly over all classes.
+        norm: To go on from what SFF has trained: the norm that it had between the blocks. The network then has a linear
+            classifier on the last block. None: the backbone as it is, with its own classifier.
+        granularity: Of the blocks that `norm` stands between.
+        probe: Train the last layer alone, as a linear probe of the features.
         kwargs: How it is trained: optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
     """
 
@@ -84,7 +137,13 @@ class Backprop(LocalLearner):
         stem: Stem = "standard",
         weights: str | None = None,
         label_smoothing: float = 0.0,
+        norm: Norm | None = None,
+        granularity: Granularity = "block",
+        probe: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
-        self.set_network(EndToEnd(self.build_backbone(backbone, stem, weights), label_smoothing))
+        model = self.build_backbone(backbone, stem, weights)
+        if norm is not None:
+            model = Joined(model, self.num_classes, granularity, norm, self.input_shape)
+        self.set_network(EndToEnd(model, label_smoothing, probe))
