@@ -59,6 +59,9 @@ def test_every_config_runs(config, files):
     quick = [*QUICK, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2]
     if "imagenette" in str(config):
         quick += ["--data.root", "data/images", "--data.image_size", 64]
+    for argument, few in (("subset", 40), ("samples_per_class", 4)):
+        if f"{argument}:" in text:
+            quick += [f"--data.{argument}", few]
     printed = run("fit", "--config", ROOT / config, *quick)
     assert "validation accuracy" in printed
     assert "vote" in printed
