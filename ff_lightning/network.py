@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ff_lightning.goodness import HEADS, HeadFactory
+from ff_lightning.fused import layer_norm, layer_normed
+from ff_lightning.goodness import HEADS, GoodnessHead, HeadFactory
 from ff_lightning.inference import VOTES
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.partition import Block, Granularity, State, partition
@@ -109,24 +110,50 @@ class LocalNet(nn.Module):
             ValueError: If the images have another number of channels than `input_shape`, or if a batch norm gets a
                 single value per channel.
         """
+        return self._pass(x, with_heads=False)
+
+    def local_goodness(self, x: Tensor) -> Iterator[Tensor]:
+        """The goodness (B, K) of one block after the other; the next block runs when it is asked for.
+
+        Only the graph of the block and its head hangs on each.
+
+        Args:
+            x: Images, (B, C, H, W).
+
+        Raises:
+            ValueError: As `local_features`.
+        """
+        return self._pass(x, with_heads=True)
+
+    def _pass(self, x: Tensor, with_heads: bool) -> Iterator[Tensor]:
         if x.ndim != len(self.input_shape) + 1 or x.shape[1] != self.input_shape[0]:
             raise ValueError(f"images of shape {tuple(x.shape[1:])}: the network was built for {self.input_shape}")
         state: State = x
         for k, block in enumerate(self.blocks):
-            state, features = self._run(k, cast(Block, block), state)
-            yield features
+            state, result = self._run(k, cast(Block, block), state, with_heads)
+            yield result
 
-    def _run(self, k: int, block: Block, state: State) -> tuple[State, Tensor]:
-        """Run a block: what the next one may see of it, and its features with their graph."""
+    def _run(self, k: int, block: Block, state: State, with_head: bool) -> tuple[State, Tensor]:
+        """Run a block: what the next one may see of it, and its goodness or its features with their graph."""
         try:
             out = block(state)
         except ValueError as error:
             raise ValueError(f"block {k} ({block.name}), batch of {len(main_output(state))}: {error}") from error
         rest = out[1:] if isinstance(out, tuple) else ()
-        features = _normalise(main_output(out), self.norm, block.channel_dim)
-        outside = features.detach()
-        state = (outside, *map(_detach, rest)) if rest else outside
-        return state, block.to_map(features)
+        if with_head and self._head_takes_normed(k):
+            normed = layer_normed(main_output(out))
+            outside, result = normed.value, self.heads[k](normed.view_as(block.to_map))
+        else:
+            features = _normalise(main_output(out), self.norm, block.channel_dim)
+            outside, result = features.detach(), block.to_map(features)
+            if with_head:
+                result = self.heads[k](result)
+        return (outside, *map(_detach, rest)) if rest else outside, result
+
+    def _head_takes_normed(self, k: int) -> bool:
+        """Whether the head of block k works on the output before the layer norm; a class derived from it may not."""
+        head = self.heads[k]
+        return self.norm == "layer" and torch.is_grad_enabled() and type(head) is GoodnessHead and head.takes_normed
 
     def local_losses(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
         """The local loss of one block after the other, each with a graph of its own.
@@ -142,8 +169,8 @@ class LocalNet(nn.Module):
             ValueError: If a class is outside 0 ... K-1 (checked on the CPU only, where it costs nothing).
         """
         check_classes(y, self.num_classes)
-        for k, features in enumerate(self.local_features(x)):
-            yield self.criterion(self.heads[k](features), y)
+        for goodness in self.local_goodness(x):
+            yield self.criterion(goodness, y)
 
     def delivered_losses(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """The local losses as one vector (L,) for any ordinary training loop.
@@ -205,7 +232,7 @@ class LocalNet(nn.Module):
         Returns:
             (L, B, K), float32.
         """
-        return torch.stack([self.heads[k](features) for k, features in enumerate(self.local_features(x))])
+        return torch.stack(list(self.local_goodness(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of the classes after the vote of the blocks: (B, C, H, W) -> (B, K); the highest one wins."""
@@ -226,13 +253,13 @@ def check_classes(y: Tensor, num_classes: int) -> None:
 
 
 def _normalise(h: Tensor, norm: Norm, channel_dim: int) -> Tensor:
-    """Normalise the output of a block; see `LocalNet`."""
+    """Normalise the output of a block, in its own dtype also where autocast widens a norm; see `LocalNet`."""
     if norm == "layer":
-        return F.layer_norm(h, h.shape[1:])
+        return layer_norm(h).to(h.dtype)
     if norm == "channel":
-        return F.layer_norm(h.movedim(channel_dim, -1), (h.shape[channel_dim],)).movedim(-1, channel_dim)
+        return F.layer_norm(h.movedim(channel_dim, -1), (h.shape[channel_dim],)).movedim(-1, channel_dim).to(h.dtype)
     if norm == "length":
-        return F.rms_norm(h, h.shape[1:])
+        return F.rms_norm(h, h.shape[1:]).to(h.dtype)
     return h
 
 
