@@ -149,9 +149,7 @@ class GoodnessHead(nn.Module):
     def _pooled(self, features: Tensor | Normed) -> Tensor:
         sides = (features.value if isinstance(features, Normed) else features).shape[2:]
         window = (max(1, min(self.pool, sides[0] // 2)), max(1, min(self.pool, sides[1] // 2)))
-        if isinstance(features, Normed):
-            return fused.pooled(features, window)
-        return F.avg_pool2d(features, window, ceil_mode=True)
+        return fused.pooled(features, window)
 
 
 HeadFactory = Callable[[int, int], nn.Module]

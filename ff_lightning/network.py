@@ -140,7 +140,7 @@ class LocalNet(nn.Module):
         except ValueError as error:
             raise ValueError(f"block {k} ({block.name}), batch of {len(main_output(state))}: {error}") from error
         rest = out[1:] if isinstance(out, tuple) else ()
-        if with_head and self._head_takes_normed(k):
+        if with_head and main_output(out).requires_grad and self._head_takes_normed(k):
             normed = layer_normed(main_output(out))
             outside, result = normed.value, self.heads[k](normed.view_as(block.to_map))
         else:
@@ -153,7 +153,7 @@ class LocalNet(nn.Module):
     def _head_takes_normed(self, k: int) -> bool:
         """Whether the head of block k works on the output before the layer norm; a class derived from it may not."""
         head = self.heads[k]
-        return self.norm == "layer" and torch.is_grad_enabled() and type(head) is GoodnessHead and head.takes_normed
+        return self.norm == "layer" and type(head) is GoodnessHead and head.takes_normed
 
     def local_losses(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
         """The local loss of one block after the other, each with a graph of its own.

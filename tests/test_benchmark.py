@@ -34,7 +34,7 @@ def test_a_step_trains_every_parameter_and_leaves_no_gradient(name):
 
 def test_saved_by_checkpointing_is_the_inputs_and_one_block():
     variant = build(SETTINGS, "checkpointing")
-    blocks = variant.modules
+    blocks = variant.modules  # what is compiled: the blocks, one by one
     x, inputs, peak = torch.zeros(4, 3, 16, 16), 0, 0
     for block in blocks:
         with saved_for_backward(left_out=[*block.parameters(), x]) as saved:

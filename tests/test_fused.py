@@ -191,3 +191,11 @@ def test_features_and_gradients_stay_in_bfloat16_under_autocast(name):
             loss.backward()
     assert seen == [torch.bfloat16]
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["paper", "pooled"])
+def test_prediction_exports_for_any_batch(name):
+    net = LocalNet(small_net(), 300, head=heads()[name], input_shape=(1, 8, 8)).export()
+    x = torch.randn(6, 1, 8, 8)
+    program = torch.export.export(net, (x[:3],), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    torch.testing.assert_close(program.module()(x), net(x))

@@ -7,7 +7,7 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.memory import saved_for_backward
 from ff_lightning.network import LocalNet
-from ff_lightning.partition import Granularity, State, partition
+from ff_lightning.partition import Block, Granularity, State, partition
 from ff_lightning.partition.block import main_output
 
 
@@ -125,7 +125,7 @@ def checkpointed(settings: Settings) -> Variant:
             del result
         return peak
 
-    return Variant(step, list(blocks), [optimizer], saved_peak)
+    return Variant(step, _bodies(blocks), [optimizer], saved_peak)
 
 
 def local(settings: Settings, granularity: Granularity) -> Variant:
@@ -141,7 +141,7 @@ def local(settings: Settings, granularity: Granularity) -> Variant:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    return Variant(step, [*net.blocks, *net.heads], optimizers)
+    return Variant(step, _bodies(net.blocks), optimizers)
 
 
 def predict(settings: Settings, granularity: Granularity | None) -> Variant:
@@ -154,8 +154,7 @@ def predict(settings: Settings, granularity: Granularity | None) -> Variant:
         with torch.inference_mode(), settings.autocast():
             model(x)
 
-    modules = [model] if granularity is None else [*cast(LocalNet, model).blocks]
-    return Variant(step, modules)
+    return Variant(step, [model] if granularity is None else _bodies(cast(LocalNet, model).blocks))
 
 
 def epoch(settings: Settings, with_trainer: bool) -> Variant:
@@ -179,7 +178,7 @@ def epoch(settings: Settings, with_trainer: bool) -> Variant:
                     optimizer.step()
                     optimizer.zero_grad()
 
-    return Variant(step, [*net.blocks], optimizers)
+    return Variant(step, _bodies(net.blocks), optimizers)
 
 
 def _epoch_of_trainer(settings: Settings, loader: "DataLoader[Any]") -> Variant:
@@ -220,6 +219,11 @@ def _local_net(settings: Settings, granularity: Granularity) -> LocalNet:
     shape = (3, settings.size, settings.size)
     net = LocalNet(settings.model(), settings.classes, granularity, settings.head, input_shape=shape)
     return cast(LocalNet, settings.place(net))
+
+
+def _bodies(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """What to compile of blocks: the forward of `Block` is one function for all, compiled for 8 of them at most."""
+    return [cast(Block, block).body for block in blocks]
 
 
 def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
