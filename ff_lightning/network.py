@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ff_lightning.fused import layer_norm, layer_normed
+from ff_lightning.fused import Normed, layer_norm, layer_normed
 from ff_lightning.goodness import HEADS, GoodnessHead, HeadFactory
 from ff_lightning.inference import VOTES
 from ff_lightning.losses import LogSumExpLoss
@@ -130,25 +130,26 @@ class LocalNet(nn.Module):
             raise ValueError(f"images of shape {tuple(x.shape[1:])}: the network was built for {self.input_shape}")
         state: State = x
         for k, block in enumerate(self.blocks):
-            state, result = self._run(k, cast(Block, block), state, with_heads)
+            state, features = self._run(k, cast(Block, block), state, with_heads)
+            result = cast(Tensor, self.heads[k](features) if with_heads else features)
+            del features  # the output of this block is not to be alive while the next one runs
             yield result
 
-    def _run(self, k: int, block: Block, state: State, with_head: bool) -> tuple[State, Tensor]:
-        """Run a block: what the next one may see of it, and its goodness or its features with their graph."""
+    def _run(self, k: int, block: Block, state: State, for_head: bool) -> tuple[State, Tensor | Normed]:
+        """Run a block: what the next one may see of it, and its features with their graph."""
         try:
             out = block(state)
         except ValueError as error:
             raise ValueError(f"block {k} ({block.name}), batch of {len(main_output(state))}: {error}") from error
         rest = out[1:] if isinstance(out, tuple) else ()
-        if with_head and main_output(out).requires_grad and self._head_takes_normed(k):
+        features: Tensor | Normed
+        if for_head and main_output(out).requires_grad and self._head_takes_normed(k):
             normed = layer_normed(main_output(out))
-            outside, result = normed.value, self.heads[k](normed.view_as(block.to_map))
+            outside, features = normed.value, normed.view_as(block.to_map)
         else:
-            features = _normalise(main_output(out), self.norm, block.channel_dim)
-            outside, result = features.detach(), block.to_map(features)
-            if with_head:
-                result = self.heads[k](result)
-        return (outside, *map(_detach, rest)) if rest else outside, result
+            normalised = _normalise(main_output(out), self.norm, block.channel_dim)
+            outside, features = normalised.detach(), block.to_map(normalised)
+        return (outside, *map(_detach, rest)) if rest else outside, features
 
     def _head_takes_normed(self, k: int) -> bool:
         """Whether the head of block k works on the output before the layer norm; a class derived from it may not."""

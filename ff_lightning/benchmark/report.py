@@ -35,7 +35,7 @@ def print_table(run: Run, images: int, console: Console) -> None:
     ):
         table.add_column(heading, justify="right")
     table.add_column("GFLOP", justify="right")
-    table.add_column("floor", justify="right")
+    table.add_column("floor", justify="right")  # of the time, were it operations alone
     for result in results:
         if result.skipped:
             table.add_row(result.name, "skipped")

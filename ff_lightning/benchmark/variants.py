@@ -178,7 +178,7 @@ def epoch(settings: Settings, with_trainer: bool) -> Variant:
                     optimizer.step()
                     optimizer.zero_grad()
 
-    return Variant(step, _bodies(net.blocks), optimizers)
+    return Variant(step, _bodies(net.blocks))
 
 
 def _epoch_of_trainer(settings: Settings, loader: "DataLoader[Any]") -> Variant:
