@@ -6,10 +6,14 @@ Shapes: B batch, C channels, H x W positions, K classes.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ff_lightning import fused
+from ff_lightning.fused import Normed
 
 
 def squared_goodness(activity: Tensor) -> Tensor:
@@ -43,7 +47,7 @@ def class_goodness(features: Tensor, weight: Tensor, bias: Tensor | None = None)
         bias: (K,).
 
     Returns:
-        (B, K), float32.
+        (B, K), float32; with k = 1 float64 for features of float64.
 
     Source: Krutsylo, Scalable Forward-Forward, arXiv 2501.03176.
 
@@ -51,7 +55,10 @@ def class_goodness(features: Tensor, weight: Tensor, bias: Tensor | None = None)
         >>> class_goodness(torch.ones(1, 2, 4, 4), torch.tensor([[1.0, 1.0], [1.0, -1.0]])[..., None, None])
         tensor([[4., 0.]])
     """
-    return squared_goodness(F.conv2d(features, weight, bias, padding=weight.shape[-1] // 2))
+    if weight.shape[-1] > 1:
+        return squared_goodness(F.conv2d(features, weight, bias, padding=weight.shape[-1] // 2))
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return fused.class_goodness(features, weight.flatten(1), bias)
 
 
 class GoodnessHead(nn.Module):
@@ -66,6 +73,9 @@ class GoodnessHead(nn.Module):
         depth: Number of layers before the class convolution, each a 3x3 convolution of stride 2 with batch norm
             and ReLU. 0 is the form of the paper.
         width: Channels of these layers. None: as many as the block has.
+        pool: Side of the windows over which the features are averaged before these layers; smaller where fewer than
+            two windows would fit. Above 1 the layers have stride 1.
+        layer_kernel_size: Of the convolutions of these layers: 1 or 3.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -80,6 +90,8 @@ class GoodnessHead(nn.Module):
         learn_temperature: bool = False,
         depth: int = 1,
         width: int | None = None,
+        pool: int = 1,
+        layer_kernel_size: int = 3,
     ) -> None:
         super().__init__()
         if kernel_size not in (1, 3, 5):
@@ -92,8 +104,17 @@ class GoodnessHead(nn.Module):
         channels = in_channels
         for _ in range(depth):
             out = width or in_channels
-            layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            convolution = nn.Conv2d(
+                channels,
+                out,
+                layer_kernel_size,
+                stride=2 if pool == 1 else 1,
+                padding=layer_kernel_size // 2,
+                bias=False,
+            )
+            layers += [convolution, nn.BatchNorm2d(out), nn.ReLU()]
             channels = out
+        self.pool = pool
         self.features = nn.Sequential(*layers)
         self.classes = nn.Conv2d(channels, num_classes, kernel_size)
         log_temperature = torch.tensor(math.log(temperature))
@@ -102,17 +123,33 @@ class GoodnessHead(nn.Module):
         else:
             self.register_buffer("log_temperature", log_temperature)
 
-    def forward(self, features: Tensor) -> Tensor:
+    @property
+    def takes_normed(self) -> bool:
+        """Whether it works on the output of a block before its layer norm, and keeps nothing but that for backward."""
+        return self.pool > 1 or (not self.features and self.classes.kernel_size == (1, 1))
+
+    def forward(self, features: Tensor | Normed) -> Tensor:
         """Goodness of each class.
 
         Args:
-            features: (B, C, H, W).
+            features: (B, C, H, W); `Normed` where the head `takes_normed`.
 
         Returns:
             (B, K), float32.
         """
-        goodness = class_goodness(self.features(features), self.classes.weight, self.classes.bias)
+        if self.pool > 1:
+            features = self._pooled(features)
+        if isinstance(features, Normed):
+            bias = cast(Tensor, self.classes.bias)
+            goodness = fused.class_goodness(features, self.classes.weight.flatten(1), bias)
+        else:
+            goodness = class_goodness(self.features(features), self.classes.weight, self.classes.bias)
         return goodness * torch.exp(-self.log_temperature)
+
+    def _pooled(self, features: Tensor | Normed) -> Tensor:
+        sides = (features.value if isinstance(features, Normed) else features).shape[2:]
+        window = (max(1, min(self.pool, sides[0] // 2)), max(1, min(self.pool, sides[1] // 2)))
+        return fused.pooled(features, window)
 
 
 HeadFactory = Callable[[int, int], nn.Module]
@@ -120,5 +157,6 @@ HeadFactory = Callable[[int, int], nn.Module]
 
 HEADS: dict[str, HeadFactory] = {
     "deep": GoodnessHead,
+    "pooled": partial(GoodnessHead, pool=4, layer_kernel_size=1),
     "paper": partial(GoodnessHead, depth=0, temperature=1.0),
 }

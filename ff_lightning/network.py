@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ff_lightning.goodness import HEADS, HeadFactory
+from ff_lightning.fused import Normed, layer_norm, layer_normed
+from ff_lightning.goodness import HEADS, GoodnessHead, HeadFactory
 from ff_lightning.inference import VOTES
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.partition import Block, Granularity, State, partition
@@ -33,7 +34,8 @@ class LocalNet(nn.Module):
         model: The network to cut; its classifier is not used.
         num_classes: K.
         granularity: Where to cut; see `ff_lightning.partition`.
-        head: ``"deep"``, ``"paper"``, or a function (channels, K) -> module from (B, C, H, W) to goodness (B, K).
+        head: ``"deep"``, ``"pooled"``, ``"paper"``, or a function (channels, K) -> module from (B, C, H, W) to goodness
+            (B, K).
         norm: What the next block and the head see of a block's output: normalised over all features of an image
             (``"layer"``), over the channels of each position (``"channel"``), divided by its root mean square
             (``"length"``), or as it is (``"none"``).
@@ -145,7 +147,7 @@ class LocalNet(nn.Module):
         with torch.no_grad():
             state: State = torch.zeros(1, *self.input_shape, device=device)
             for k, block in enumerate(self.eval().blocks):
-                state, _ = self._run(k, cast(Block, block), state)
+                state, _ = self._run(k, cast(Block, block), state, False)
         added = partition(nn.Sequential(OrderedDict([(name, model)])), granularity, main_output(state))
         first = len(self.blocks)
         self.blocks.extend(added)
@@ -156,8 +158,9 @@ class LocalNet(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile each block and each head by itself, when it runs for the first time."""
-        for module in (*self.blocks, *self.heads):
-            module.compile()
+        for block, head in zip(self.blocks, self.heads, strict=True):
+            cast(Block, block).body.compile()  # the blocks share one forward, and a limit of recompilations with it
+            head.compile()
 
     def local_features(self, x: Tensor) -> Iterator[Tensor]:
         """The normalised features (B, C, H, W) of one block after the other; the next block runs when it is asked for.
@@ -171,29 +174,56 @@ class LocalNet(nn.Module):
             ValueError: If the images have another number of channels than `input_shape`, or if a batch norm gets a
                 single value per channel.
         """
+        return self._pass(x, with_heads=False)
+
+    def local_goodness(self, x: Tensor) -> Iterator[Tensor]:
+        """The goodness (B, K) of one block after the other; the next block runs when it is asked for.
+
+        Only the graph of the block and its head hangs on each.
+
+        Args:
+            x: Images, (B, C, H, W).
+
+        Raises:
+            ValueError: As `local_features`.
+        """
+        return self._pass(x, with_heads=True)
+
+    def _pass(self, x: Tensor, with_heads: bool) -> Iterator[Tensor]:
         if x.ndim != len(self.input_shape) + 1 or x.shape[1] != self.input_shape[0]:
             raise ValueError(f"images of shape {tuple(x.shape[1:])}: the network was built for {self.input_shape}")
         state: State = x
         for k, block in enumerate(self.blocks):
             with self._graph_of(k):
-                state, features = self._run(k, cast(Block, block), state)
-            yield features
+                state, features = self._run(k, cast(Block, block), state, with_heads)
+                result = cast(Tensor, self.heads[k](features) if with_heads else features)
+            del features  # the output of this block is not to be alive while the next one runs
+            yield result
 
     def _graph_of(self, k: int) -> torch.set_grad_enabled:
         """Whether the operations inside are recorded: only for a block that is trained."""
         return torch.set_grad_enabled(torch.is_grad_enabled() and k in self.trained)
 
-    def _run(self, k: int, block: Block, state: State) -> tuple[State, Tensor]:
+    def _run(self, k: int, block: Block, state: State, for_head: bool) -> tuple[State, Tensor | Normed]:
         """Run a block: what the next one may see of it, and its features with their graph."""
         try:
             out = block(state)
         except ValueError as error:
             raise ValueError(f"block {k} ({block.name}), batch of {len(main_output(state))}: {error}") from error
         rest = out[1:] if isinstance(out, tuple) else ()
-        features = normalise(main_output(out), self.norm, block.channel_dim)
-        outside = features.detach()
-        state = (outside, *map(_detach, rest)) if rest else outside
-        return state, block.to_map(features)
+        features: Tensor | Normed
+        if for_head and main_output(out).requires_grad and self._head_takes_normed(k):
+            normed = layer_normed(main_output(out))
+            outside, features = normed.value, normed.view_as(block.to_map)
+        else:
+            normalised = normalise(main_output(out), self.norm, block.channel_dim)
+            outside, features = normalised.detach(), block.to_map(normalised)
+        return (outside, *map(_detach, rest)) if rest else outside, features
+
+    def _head_takes_normed(self, k: int) -> bool:
+        """Whether the head of block k works on the output before the layer norm; a class derived from it may not."""
+        head = self.heads[k]
+        return self.norm == "layer" and type(head) is GoodnessHead and head.takes_normed
 
     def local_losses(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
         """The local loss of one block after the other, each with a graph of its own.
@@ -210,10 +240,8 @@ class LocalNet(nn.Module):
             ValueError: If a class is outside 0 ... K-1 (checked on the CPU only, where it costs nothing).
         """
         check_classes(y, self.num_classes)
-        for k, features in enumerate(self.local_features(x)):
-            with self._graph_of(k):
-                loss = self.criterion(self.heads[k](features), y)
-            yield loss
+        for k, goodness in enumerate(self.local_goodness(x)):
+            yield self.criterion(goodness, y)
             if k == max(self.trained):
                 return
 
@@ -277,7 +305,7 @@ class LocalNet(nn.Module):
         Returns:
             (L, B, K), float32.
         """
-        return torch.stack([self.heads[k](features) for k, features in enumerate(self.local_features(x))])
+        return torch.stack(list(self.local_goodness(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of the classes after the vote of the blocks: (B, C, H, W) -> (B, K); the highest one wins."""
@@ -309,15 +337,13 @@ def check_classes(y: Tensor, num_classes: int) -> None:
 
 
 def normalise(h: Tensor, norm: Norm, channel_dim: int) -> Tensor:
-    """Normalise the output of a block; see `LocalNet`."""
+    """Normalise the output of a block, in its own dtype also where autocast widens a norm; see `LocalNet`."""
     if norm == "layer":
-        if h.ndim == 4 and not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last):
-            return normalise(h.movedim(1, -1), norm, -1).movedim(-1, 1)  # keeps this order, and copies nothing
-        return F.layer_norm(h, h.shape[1:])
+        return layer_norm(h).to(h.dtype)
     if norm == "channel":
-        return F.layer_norm(h.movedim(channel_dim, -1), (h.shape[channel_dim],)).movedim(-1, channel_dim)
+        return F.layer_norm(h.movedim(channel_dim, -1), (h.shape[channel_dim],)).movedim(-1, channel_dim).to(h.dtype)
     if norm == "length":
-        return F.rms_norm(h, h.shape[1:])
+        return F.rms_norm(h, h.shape[1:]).to(h.dtype)
     return h
 
 

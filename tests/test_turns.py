@@ -128,7 +128,8 @@ def test_new_blocks_on_top_of_a_trained_network(optimization, make_trainer, digi
     model = make(optimization=optimization)
     make_trainer().fit(model, digits)
     x = torch.randn(2, 1, 8, 8)
-    goodness = model.eval().net.goodness(x)
+    with torch.no_grad():
+        goodness = model.eval().net.goodness(x)
     before = state(model)
     top = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
     assert model.append_blocks("top", top) == [3, 4]
@@ -137,7 +138,8 @@ def test_new_blocks_on_top_of_a_trained_network(optimization, make_trainer, digi
     trainer = make_trainer()
     trainer.fit(model, digits)
     assert moved_blocks(model, before) == set(), "those below did not move"
-    assert torch.equal(model.eval().net.goodness(x)[:3], goodness)
+    with torch.no_grad():
+        assert torch.equal(model.eval().net.goodness(x)[:3], goodness)
     assert {"val/block04_acc", "train/block04_loss"} <= trainer.callback_metrics.keys()
     assert torch.equal(top[0].weight, model.net.backbone_state_dict()["top.0.weight"]), "the user's own module"
 

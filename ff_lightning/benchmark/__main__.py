@@ -1,0 +1,108 @@
+"""The command ``python -m ff_lightning.benchmark``."""
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import get_args
+
+import torch
+from rich.console import Console
+
+from ff_lightning.backbones import Stem
+from ff_lightning.benchmark.measure import measure
+from ff_lightning.benchmark.report import Run, plot, print_table, write_json
+from ff_lightning.benchmark.variants import Settings
+from ff_lightning.goodness import HEADS
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Measure, and report; see ``--help``."""
+    arguments = _parser().parse_args(args)
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        sys.exit("--plot needs matplotlib: pip install 'ff-lightning[plot]'")
+    console = Console(width=150 if not sys.stdout.isatty() else None)
+    if arguments.what == "startup":
+        _startup(arguments.repetitions, console)
+        return
+    runs: list[Run] = []
+    for classes in arguments.classes:
+        settings = Settings(
+            backbone=arguments.backbone,
+            stem=arguments.stem,
+            classes=classes,
+            batch=arguments.batch,
+            size=arguments.input_size,
+            head=arguments.head,
+            micro_batches=arguments.micro_batches,
+            epoch_batches=arguments.epoch_batches,
+            device=arguments.device,
+            precision=arguments.precision,
+            channels_last=arguments.channels_last,
+        )
+        names = {
+            "train": ["backprop", "checkpointing", "accumulation", *(f"sff {cut}" for cut in arguments.granularity)],
+            "inference": ["model", *(f"vote {cut}" for cut in arguments.granularity)],
+            "trainer": ["loop", "trainer"],
+        }[arguments.what]
+        runs.append((settings, measure(settings, names, arguments.compile, arguments.repetitions)))
+        images = settings.batch * (settings.epoch_batches if arguments.what == "trainer" else 1)
+        print_table(runs[-1], images, console)
+    if arguments.json:
+        write_json(runs, torch.get_num_threads(), arguments.json)
+    if arguments.plot:
+        plot(runs, arguments.plot)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ff_lightning.benchmark",
+        description="Speed and memory of SFF against backpropagation: variants take turns, each in its own process.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--what", choices=["train", "inference", "trainer", "startup"], default="train", help="what to measure")
+    add("--backbone", default="resnet18", help="a name that SFF takes")
+    add("--stem", choices=get_args(Stem), default="small", help="see SFF")
+    add("--granularity", nargs="+", default=["block", "layer", "4"], help="layer, block, stage, or a number of units")
+    add("--classes", nargs="+", type=int, default=[10], help="a table for each")
+    add("--batch", type=int, default=32, help="images of a step")
+    add("--input-size", type=int, default=32, help="side of an image")
+    add("--head", choices=list(HEADS), default="deep", help="see SFF")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--precision", choices=["32", "bf16"], default="32", help="bf16: mixed")
+    add("--channels-last", action="store_true", help="order of maps and weights in memory")
+    add("--compile", action="store_true", help="each variant also with torch.compile: whole networks, or each block")
+    add("--micro-batches", type=int, default=4, help="of the variant that accumulates gradients")
+    add("--epoch-batches", type=int, default=20, help="steps of an epoch, for --what trainer")
+    add("--repetitions", type=int, default=7, help="turns of each variant")
+    add("--json", type=Path, metavar="FILE", help="write all figures")
+    add("--plot", type=Path, metavar="FILE.png", help="draw memory over a step; needs matplotlib")
+    return parser
+
+
+def _startup(repetitions: int, console: Console) -> None:
+    """Time of ``ff-lightning --help`` against the import of what it stands on."""
+    commands = {
+        "import lightning, torchvision": [sys.executable, "-c", "import lightning, torchvision"],
+        "ff-lightning --help": [sys.executable, "-m", "ff_lightning", "--help"],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for turn in range(repetitions + 1):
+        for name, command in commands.items():
+            start = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            if turn:  # the first one fills the caches
+                seconds[name].append(time.perf_counter() - start)
+    base, ours = (median(of_one) for of_one in seconds.values())
+    console.print(
+        f"{' against '.join(reversed(commands))}: {ours:.2f} s / {base:.2f} s = {ours / base:.2f}", markup=False
+    )
+
+
+if __name__ == "__main__":
+    main()

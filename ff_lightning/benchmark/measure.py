@@ -1,0 +1,175 @@
+"""Time in alternation, memory and operations by counting; each variant in a process of its own."""
+
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from ff_lightning.benchmark.variants import Settings, Variant, build
+from ff_lightning.memory import saved_for_backward
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors made since it was entered and alive, after each operation: exact, on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.history: list[int] = []
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and note the storages that it made."""
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in before | self._known:
+                    self._known.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+        self.history.append(self.now)
+        return result
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@dataclass
+class Result:
+    """What was measured of a variant."""
+
+    name: str
+    seconds: list[float]
+    operations: int = 0  # floating-point operations of a step, as `FlopCounterMode` counts them
+    saved_peak: int = 0  # bytes kept for backward, at most
+    tensor_peak: int = 0  # bytes of all tensors of a step alive, at most
+    device_peak: int = 0  # bytes of the process, or of the device, that the steps added
+    gradients: int = 0  # bytes of gradients alive at once
+    optimizer: int = 0  # bytes of its state
+    history: tuple[int, ...] = ()  # bytes of all tensors of a step, after each operation
+    skipped: str = ""  # why it could not be run
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a step."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, in parts of the median."""
+        if len(self.seconds) < 3:
+            return (max(self.seconds) - min(self.seconds)) / 2 / self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def measure(settings: Settings, names: list[str], compiled: bool, repetitions: int) -> list[Result]:
+    """Measure variants: all are started, each in its own process, then take turns A B A B.
+
+    Args:
+        settings: What they share.
+        names: See `variants.build`.
+        compiled: Whether each is measured with `torch.compile` as well.
+        repetitions: Turns of each.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = []
+    for name, compile_it in [(name, False) for name in names] + [(name, True) for name in names if compiled]:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, settings, name, compile_it), daemon=True)
+        process.start()
+        result = ours.recv()  # one after the other: none is disturbed while it counts
+        workers.append((ours, process, result))
+    running = [worker for worker in workers if not worker[2].skipped]
+    for turn in range(repetitions + 1):
+        for ours, _, result in running:
+            ours.send("step")
+            seconds = ours.recv()
+            if turn:  # the first warms up
+                result.seconds.append(seconds)
+    for ours, process, result in running:
+        ours.send("end")
+        result.device_peak = ours.recv()
+        process.join()
+    return [result for _, _, result in workers]
+
+
+def _work(pipe: Connection, settings: Settings, name: str, compile_it: bool) -> None:
+    """What the process of a variant does: build, count, then a step whenever it is told to."""
+    label = f"{name} compiled" if compile_it else name
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  progress bars and warnings of many processes
+    try:
+        variant = build(settings, name)
+        result = Result(label, [])
+        before = _memory(settings)
+        if variant.optimizers and not compile_it:
+            _count(variant, result)
+        for module in variant.modules if compile_it else ():
+            module.compile()
+        variant.step()
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        pipe.send(Result(label, [], skipped=f"{type(error).__name__}: {reason[0] if reason else ''}"))
+        return
+    pipe.send(result)
+    while pipe.recv() == "step":
+        start = time.perf_counter()
+        variant.step()
+        _wait(settings)
+        pipe.send(variant.seconds() if variant.seconds else time.perf_counter() - start)
+    pipe.send(_peak(settings) - before)
+
+
+def _count(variant: Variant, result: Result) -> None:
+    """Everything that can be counted exactly; the first step makes the optimizers' state."""
+    variant.step()
+    with FlopCounterMode(display=False) as operations:
+        variant.step()
+    with saved_for_backward(variant.parameters) as saved:
+        variant.step()
+    with Alive() as alive:
+        variant.step()
+    result.operations = operations.get_total_flops()
+    result.saved_peak = variant.saved_peak() if variant.saved_peak else saved.peak
+    result.tensor_peak, result.history = max(alive.history), tuple(alive.history)
+    result.gradients = max(sum(p.nbytes for g in o.param_groups for p in g["params"]) for o in variant.optimizers)
+    states = [value for o in variant.optimizers for of_one in o.state.values() for value in of_one.values()]
+    result.optimizer = sum(value.nbytes for value in states if isinstance(value, Tensor))
+
+
+def _wait(settings: Settings) -> None:
+    if settings.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _memory(settings: Settings) -> int:
+    """Bytes in use now."""
+    if settings.device != "cpu":
+        return torch.cuda.memory_allocated()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def _peak(settings: Settings) -> int:
+    """Most bytes in use so far."""
+    if settings.device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

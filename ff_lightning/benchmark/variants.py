@@ -1,0 +1,247 @@
+"""The variants: each is one step, the same network, images, optimizer and settings for all.
+
+Shapes: B batch, K classes.
+"""
+
+import contextlib
+import io
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from ff_lightning.backbones import Stem, build_backbone
+from ff_lightning.memory import saved_for_backward
+from ff_lightning.network import LocalNet
+from ff_lightning.partition import Block, Granularity, State, partition
+from ff_lightning.partition.block import main_output
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for all variants."""
+
+    backbone: str
+    stem: Stem
+    classes: int
+    batch: int
+    size: int
+    head: str
+    micro_batches: int
+    epoch_batches: int
+    device: str
+    precision: str
+    channels_last: bool
+
+    def model(self) -> nn.Module:
+        """The network, the same weights each time."""
+        torch.manual_seed(0)
+        return build_backbone(self.backbone, self.classes, (3, self.size, self.size), self.stem)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """On the device, in the order of memory asked for."""
+        return module.to(self.device, memory_format=torch.channels_last if self.channels_last else None)  # type: ignore[call-overload]
+
+    def batch_of_noise(self) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) and classes (B,)."""
+        x = torch.randn(self.batch, 3, self.size, self.size)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x.to(self.device), torch.randint(self.classes, (self.batch,)).to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, or none."""
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bf16")
+
+
+@dataclass
+class Variant:
+    """A step that can be repeated, and what is counted beside it."""
+
+    step: Callable[[], Any]
+    modules: list[nn.Module] = field(default_factory=list)  # what `torch.compile` is applied to, one by one
+    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    saved_peak: Callable[[], int] | None = None  # where hooks cannot count it
+    seconds: Callable[[], float] | None = None  # where only a part of the step counts
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters that are stepped."""
+        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def backprop(settings: Settings, micro_batches: int = 1) -> Variant:
+    """Plain backpropagation; with more than one micro-batch, their gradients are accumulated."""
+    model = settings.place(settings.model())
+    optimizer = _optimizer(list(model.parameters()))
+    parts = [(x, y) for x, y in zip(*(t.chunk(micro_batches) for t in settings.batch_of_noise()), strict=True)]
+
+    def step() -> None:
+        for x, y in parts:
+            with settings.autocast():
+                loss = F.cross_entropy(model(x).float(), y)
+            (loss / micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Variant(step, [model], [optimizer])
+
+
+def checkpointed(settings: Settings) -> Variant:
+    """Backpropagation that keeps the inputs of the blocks alone and runs each block again in backward."""
+    blocks = partition(settings.model(), "block", torch.zeros(1, 3, settings.size, settings.size))
+    classifier = nn.Linear(blocks[-1].map_shape[0], settings.classes)
+    net = settings.place(nn.ModuleList([*blocks, classifier]))
+    optimizer = _optimizer(list(net.parameters()))
+    x, y = settings.batch_of_noise()
+
+    def step() -> None:
+        with settings.autocast():
+            state: State = x
+            for block in blocks:
+                state = checkpoint(block, state, use_reentrant=False)
+            scores = classifier(blocks[-1].to_map(main_output(state)).mean((2, 3)))
+            loss = F.cross_entropy(scores.float(), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def saved_peak() -> int:
+        """The inputs of the blocks up to the one that runs again, and what that one keeps."""
+        state, inputs, peak = x, 0, 0
+        for block in blocks:
+            with settings.autocast(), saved_for_backward(left_out=[*net.parameters(), state]) as saved:
+                result = cast(Tensor, block(state))
+            inputs += state.nbytes
+            peak = max(peak, inputs + saved.peak)
+            state = result.detach().requires_grad_()
+            del result
+        return peak
+
+    return Variant(step, _bodies(blocks), [optimizer], saved_peak)
+
+
+def local(settings: Settings, granularity: Granularity) -> Variant:
+    """Scalable Forward-Forward: backward and step of each block at once, an optimizer for each."""
+    net = _local_net(settings, granularity)
+    optimizers = [_optimizer(net.block_parameters(k)) for k in range(len(net.blocks))]
+    x, y = settings.batch_of_noise()
+
+    def step() -> None:
+        with settings.autocast():
+            for optimizer, loss in zip(optimizers, net.local_losses(x, y), strict=True):
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return Variant(step, _bodies(net.blocks), optimizers)
+
+
+def predict(settings: Settings, granularity: Granularity | None) -> Variant:
+    """Scores of a batch: of the plain network, or the full vote of all blocks."""
+    model = settings.model() if granularity is None else _local_net(settings, granularity)
+    model = settings.place(model).eval()
+    x, _ = settings.batch_of_noise()
+
+    def step() -> None:
+        with torch.inference_mode(), settings.autocast():
+            model(x)
+
+    return Variant(step, [model] if granularity is None else _bodies(cast(LocalNet, model).blocks))
+
+
+def epoch(settings: Settings, with_trainer: bool) -> Variant:
+    """An epoch, block-wise: through the Trainer with bar, logger, metrics and checkpoints, or by a bare loop."""
+    data = TensorDataset(
+        torch.randn(settings.epoch_batches * settings.batch, 3, settings.size, settings.size),
+        torch.randint(settings.classes, (settings.epoch_batches * settings.batch,)),
+    )
+    loader: DataLoader[Any] = DataLoader(data, settings.batch, shuffle=True)
+    if with_trainer:
+        return _epoch_of_trainer(settings, loader)
+    net = _local_net(settings, "block")
+    optimizers = [_optimizer(net.block_parameters(k)) for k in range(len(net.blocks))]
+
+    def step() -> None:
+        for x, y in loader:
+            x, y = x.to(settings.device), y.to(settings.device)
+            with settings.autocast():
+                for optimizer, loss in zip(optimizers, net.local_losses(x, y), strict=True):
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+    return Variant(step, _bodies(net.blocks))
+
+
+def _epoch_of_trainer(settings: Settings, loader: "DataLoader[Any]") -> Variant:
+    import lightning.pytorch as pl
+
+    from ff_lightning.modules import SFF
+
+    class Clock(pl.Callback):
+        seconds = 0.0
+
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.seconds = -time.perf_counter()
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.seconds += time.perf_counter()
+
+    clock = Clock()
+    torch.manual_seed(0)
+    shape, head = (3, settings.size, settings.size), cast(Any, settings.head)
+    model = SFF(settings.backbone, settings.classes, shape, stem=settings.stem, head=head)
+
+    def step() -> None:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            trainer = pl.Trainer(
+                accelerator="cpu" if settings.device == "cpu" else "gpu",
+                devices=1,
+                precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
+                max_epochs=1,
+                callbacks=[clock],
+                default_root_dir=folder,
+            )
+            trainer.fit(model, loader)
+
+    return Variant(step, seconds=lambda: clock.seconds)
+
+
+def _local_net(settings: Settings, granularity: Granularity) -> LocalNet:
+    shape = (3, settings.size, settings.size)
+    net = LocalNet(settings.model(), settings.classes, granularity, settings.head, input_shape=shape)
+    return cast(LocalNet, settings.place(net))
+
+
+def _bodies(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """What to compile of blocks: the forward of `Block` is one function for all, compiled for 8 of them at most."""
+    return [cast(Block, block).body for block in blocks]
+
+
+def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def build(settings: Settings, name: str) -> Variant:
+    """The variant of a name that the command line or `NAMES` gives; ``"sff GRANULARITY"`` for local ones."""
+    method, _, granularity = name.partition(" ")
+    cut: Granularity = int(granularity) if granularity.isdigit() else cast(Any, granularity)
+    builders: dict[str, Callable[[], Variant]] = {
+        "backprop": lambda: backprop(settings),
+        "checkpointing": lambda: checkpointed(settings),
+        "accumulation": lambda: backprop(settings, settings.micro_batches),
+        "sff": lambda: local(settings, cut),
+        "model": lambda: predict(settings, None),
+        "vote": lambda: predict(settings, cut),
+        "loop": lambda: epoch(settings, with_trainer=False),
+        "trainer": lambda: epoch(settings, with_trainer=True),
+    }
+    return builders[method]()

@@ -1,0 +1,86 @@
+import json
+
+import pytest
+import torch
+
+from ff_lightning.benchmark.__main__ import main
+from ff_lightning.benchmark.measure import Alive, Result
+from ff_lightning.benchmark.variants import Settings, build
+from ff_lightning.memory import saved_for_backward
+
+SETTINGS = Settings("cnn", "standard", 10, 4, 16, "paper", 2, 2, "cpu", "32", False)
+
+
+def test_tensors_alive_are_counted_exactly():
+    with Alive() as alive:
+        a = torch.ones(100)
+        b = a.view(10, 10) + 1  # a view takes no room
+        a += 1
+        del a
+        assert alive.now == 400
+        del b
+    assert alive.now == 0
+    assert max(alive.history) == 800
+
+
+@pytest.mark.parametrize("name", ["backprop", "checkpointing", "accumulation", "sff block", "sff layer", "sff 2"])
+def test_a_step_trains_every_parameter_and_leaves_no_gradient(name):
+    variant = build(SETTINGS, name)
+    before = [p.detach().clone() for p in variant.parameters]
+    variant.step()
+    assert all(not torch.equal(p, old) for p, old in zip(variant.parameters, before, strict=True))
+    assert all(p.grad is None for p in variant.parameters)
+
+
+def test_saved_by_checkpointing_is_the_inputs_and_one_block():
+    variant = build(SETTINGS, "checkpointing")
+    blocks = variant.modules  # what is compiled: the blocks, one by one
+    x, inputs, peak = torch.zeros(4, 3, 16, 16), 0, 0
+    for block in blocks:
+        with saved_for_backward(left_out=[*block.parameters(), x]) as saved:
+            out = block(x)
+        inputs += x.nbytes
+        peak = max(peak, inputs + saved.now)
+        x = out.detach().requires_grad_()
+    assert variant.saved_peak() == peak
+
+
+def test_spread_is_half_the_distance_between_the_quartiles():
+    assert Result("", [1.0, 2.0, 3.0]).median == 2.0
+    assert Result("", [1.0, 2.0, 3.0]).spread == 0.5
+
+
+def test_the_command_reports_every_variant(tmp_path, capsys):
+    arguments = ["--backbone", "cnn", "--stem", "standard", "--batch", "4", "--input-size", "16", "--repetitions", "1"]
+    main([*arguments, "--granularity", "block", "--classes", "5", "--json", str(tmp_path / "figures.json")])
+    (run,) = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["name"] for row in run["results"]] == ["backprop", "checkpointing", "accumulation", "sff block"]
+    plain, again, parts, ours = run["results"]
+    assert all(row["seconds"] and not row["skipped"] for row in run["results"])
+    assert plain["operations"] == parts["operations"] < again["operations"]
+    assert plain["gradients"] == 4 * sum(p.numel() for p in build(SETTINGS, "backprop").parameters) - 4 * 5 * 257
+    assert ours["saved_peak"] < plain["saved_peak"]
+    assert "5 classes" in capsys.readouterr().out
+
+
+def test_a_variant_that_cannot_run_is_skipped_with_its_reason(capsys):
+    main(["--backbone", "cnn", "--stem", "standard", "--batch", "4", "--input-size", "16", "--repetitions", "1",
+          "--granularity", "99", "--what", "inference"])  # fmt: skip
+    assert "vote 99: skipped, ValueError: granularity=99" in capsys.readouterr().out
+
+
+def test_operations_of_own_functions_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ff_lightning.goodness import class_goodness
+
+    features, weight = torch.randn(2, 8, 4, 4, requires_grad=True), torch.randn(3, 8, 1, 1, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        class_goodness(features, weight).sum().backward()
+    assert counter.get_total_flops() == 4 * 2 * (2 * 3 * 8 * 16)  # forward, again in backward, and two gradients
+
+
+def test_plot_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"ff-lightning\[plot\]"):
+        main(["--plot", "memory.png"])

@@ -1,0 +1,201 @@
+"""What keeps little for backward equals what keeps everything."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ff_lightning import LocalNet
+from ff_lightning.fused import class_goodness, layer_normed, pooled
+from ff_lightning.goodness import GoodnessHead
+from ff_lightning.memory import saved_for_backward
+from tests.conftest import Residual, small_net
+
+# (K, C, H, W): few classes and many, channels and positions; by definition and by the Gram matrix
+SHAPES = [(10, 64, 8, 8), (3, 5, 3, 5), (40, 4, 1, 1), (30, 6, 1, 7), (100, 16, 8, 8), (200, 8, 16, 16)]
+
+
+def naive(features, weight, bias):
+    z = F.conv2d(features, weight[:, :, None, None], bias)
+    return (z.float() if z.dtype == torch.bfloat16 else z).square().mean((2, 3))
+
+
+def tensors(shape, dtype=torch.float32, batch=5):
+    classes, channels, height, width = shape
+    h = (torch.randn(batch, channels, height, width, dtype=dtype) + 1).relu()
+    return [h, torch.randn(classes, channels, dtype=dtype), torch.randn(classes, dtype=dtype)]
+
+
+def with_gradients(function, inputs, arriving):
+    inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    result = function(*inputs)
+    return [result.detach(), *torch.autograd.grad(result, inputs, arriving.to(result.dtype))]
+
+
+def error(result, exact):
+    return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_goodness_and_its_gradients_equal_the_naive_ones(shape, normed, channels_last):
+    inputs = tensors(shape)
+    if channels_last:
+        inputs[0] = inputs[0].contiguous(memory_format=torch.channels_last)
+    arriving = torch.randn(5, shape[0])
+
+    def ours(h, w, b):
+        return class_goodness(layer_normed(h) if normed else h, w, b)
+
+    def theirs(h, w, b):
+        return naive(F.layer_norm(h, h.shape[1:]) if normed else h, w, b)
+
+    for got, wanted in zip(
+        with_gradients(ours, inputs, arriving), with_gradients(theirs, inputs, arriving), strict=True
+    ):
+        assert error(got, wanted.double()) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2, 3), (20, 3, 5, 5)])
+def test_gradients_in_float64(shape):
+    inputs = [x.requires_grad_() for x in tensors(shape, torch.float64, batch=2)]
+    inputs[0] = torch.randn_like(inputs[0]).requires_grad_()
+    assert torch.autograd.gradcheck(class_goodness, inputs)
+    assert torch.autograd.gradcheck(lambda h, w, b: class_goodness(layer_normed(h), w, b), inputs)
+    assert torch.autograd.gradcheck(lambda h: pooled(layer_normed(h), (2, 2)), inputs[:1])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("shape", [(10, 64, 8, 8), (100, 16, 8, 8), (200, 8, 16, 16)])
+def test_bfloat16_is_no_worse_than_the_naive_way(shape, autocast):
+    arriving = torch.randn(5, shape[0])
+    narrow = [x.bfloat16() for x in tensors(shape)]
+    if autocast:
+        narrow[1:] = [x.float() for x in narrow[1:]]
+    exact = with_gradients(naive, [x.double() for x in narrow], arriving)
+
+    def run(function):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return with_gradients(function, narrow, arriving)
+
+    ours, theirs = run(class_goodness), run(naive)
+    for got, other, wanted in zip(ours, theirs, exact, strict=True):
+        assert got.dtype == other.dtype
+        assert error(got, wanted) <= 1.1 * error(other, wanted)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("size", "window"), [((8, 8), (4, 4)), ((7, 5), (3, 2)), ((1, 6), (1, 3))])
+def test_pooling_equals_layer_norm_and_pooling(size, window, channels_last):
+    h = torch.randn(5, 6, *size) + 1
+    if channels_last:
+        h = h.contiguous(memory_format=torch.channels_last)
+
+    def naive_pooled(h):
+        return F.avg_pool2d(F.layer_norm(h, h.shape[1:]), window, ceil_mode=True)
+
+    arriving = torch.randn_like(naive_pooled(h))
+    ours = with_gradients(lambda h: pooled(layer_normed(h), window), [h], arriving)
+    theirs = with_gradients(naive_pooled, [h], arriving)
+    for got, wanted in zip(ours, theirs, strict=True):
+        assert error(got, wanted.double()) < 1e-5
+    assert layer_normed(h).value.is_contiguous() == h.is_contiguous(), "the order in memory is kept"
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("classes", [10, 300])
+def test_goodness_keeps_nothing_but_its_inputs(classes, normed):
+    h, weight, bias = (x.requires_grad_() for x in tensors((classes, 8, 16, 16)))
+    with saved_for_backward(left_out=[weight, bias]) as saved:
+        goodness = class_goodness(layer_normed(h) if normed else h, weight, bias)
+    per_image = 2 * 4 * len(h) if normed else 0  # mean and deviation
+    assert saved.now == h.nbytes + per_image
+    goodness.sum().backward()
+
+
+def heads():
+    return {
+        "paper": partial(GoodnessHead, depth=0),
+        "pooled": partial(GoodnessHead, pool=4, layer_kernel_size=1),
+        "pooled_3x3": partial(GoodnessHead, pool=2, depth=2, width=7),
+    }
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+@pytest.mark.parametrize("name", heads())
+def test_losses_and_gradients_equal_those_of_plain_modules(name, granularity):
+    lean = LocalNet(small_net(), 10, granularity, head=heads()[name], input_shape=(1, 8, 8))
+    plain = copy.deepcopy(lean)
+    plain.heads = nn.ModuleList(Plain(head) for head in plain.heads)
+    x, y = torch.randn(6, 1, 8, 8), torch.arange(6)
+    for ours, theirs in zip(lean.local_losses(x, y), plain.local_losses(x, y), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        ours.backward()
+        theirs.backward()
+    for ours, theirs in zip(lean.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)  # a bias before a batch norm has 0
+    torch.testing.assert_close(lean.eval()(x), plain.eval()(x))
+
+
+class Plain(nn.Module):
+    """A head as a custom one, made of PyTorch's own functions: it gets normalised features."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, features):
+        if self.head.pool > 1:
+            window = [max(1, min(self.head.pool, side // 2)) for side in features.shape[2:]]
+            features = F.avg_pool2d(features, window, ceil_mode=True)
+        z = self.head.classes(self.head.features(features))
+        return z.square().mean((2, 3)) * torch.exp(-self.head.log_temperature)
+
+
+@pytest.mark.parametrize("name", ["paper", "pooled"])
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_a_block_keeps_its_own_maps_and_hardly_more(name, classes):
+    net = LocalNet(
+        nn.Sequential(*(Residual(8) for _ in range(3))), classes, head=heads()[name], input_shape=(8, 16, 16)
+    )
+    x, y = torch.randn(4, 8, 16, 16), torch.arange(4)
+    with saved_for_backward(left_out=net.parameters()) as saved:
+        for loss in net.local_losses(x, y):
+            loss.backward()
+    maps = 5  # input, behind conv1, behind its ReLU, behind conv2 (an input of the sum), output
+    kept_by_head = 3 / 16 if name == "pooled" else 0  # pooled, behind the convolution, behind the ReLU
+    small = 4 * classes * 8 + 2000  # scores and their softmax; statistics of norms
+    assert saved.peak <= (maps + kept_by_head) * x.nbytes + small
+
+
+def test_frozen_weights_get_no_gradient():
+    net = LocalNet(small_net(), 10, head="paper", input_shape=(1, 8, 8))
+    net.blocks.requires_grad_(False)
+    net.heads[1].classes.bias.requires_grad_(False)
+    for loss in net.local_losses(torch.randn(6, 1, 8, 8), torch.arange(6)):
+        loss.backward()
+    assert all((p.grad is None) == (not p.requires_grad) for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["paper", "pooled"])
+def test_features_and_gradients_stay_in_bfloat16_under_autocast(name):
+    net = LocalNet(small_net(), 10, head=heads()[name], input_shape=(1, 8, 8))
+    seen = []
+    net.blocks[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        for loss in net.local_losses(torch.randn(6, 1, 8, 8), torch.arange(6)):
+            loss.backward()
+    assert seen == [torch.bfloat16]
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["paper", "pooled"])
+def test_prediction_exports_for_any_batch(name):
+    net = LocalNet(small_net(), 300, head=heads()[name], input_shape=(1, 8, 8)).export()
+    x = torch.randn(6, 1, 8, 8)
+    program = torch.export.export(net, (x[:3],), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    torch.testing.assert_close(program.module()(x), net(x))
