@@ -7,6 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -104,7 +105,11 @@ def _build(name: str, num_classes: int, channels: int) -> nn.Module:
 def _read_weights(name: str, weights: str) -> Mapping[str, Tensor]:
     """The state dict of torchvision's weights of a name, or of a local file; only tensors are read."""
     if Path(weights).expanduser().is_file():
-        stored = torch.load(Path(weights).expanduser(), map_location="cpu", weights_only=True)
+        try:
+            stored = torch.load(Path(weights).expanduser(), map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"weights={weights!r} is not whole, or no file of weights alone: {why}") from error
         return stored.get("state_dict", stored)
     if name not in models.list_models(module=models):
         raise ValueError(f"weights={weights!r} is no file, and torchvision has no weights for {name!r}")

@@ -7,23 +7,26 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ff_lightning import __version__, data, modules
-from ff_lightning.callbacks import BlockTable, LastCheckpoint
+from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint
 from ff_lightning.checkpoints import check_whole
 from ff_lightning.data.sheet import main as sheet
 from ff_lightning.modules import LocalLearner
 from ff_lightning.suggest import closest
 
 _PACKAGE = Path(__file__).parent
+_REFUSALS = (ValueError, OSError, FloatingPointError, MisconfigurationException)
 _FROM_DATA = ("num_classes", "input_shape")
 
 
@@ -43,7 +46,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults, the best checkpoint, and the links from data to model."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.set_defaults(
             {
@@ -80,8 +83,10 @@ class CLI(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config.subcommand
         path = self.config[subcommand].get("ckpt_path")
-        if not path or not Path(path).is_file():
+        if not path or path in ("best", "last", "hpc", "registry") or "://" in path:
             return
+        if not Path(path).is_file():
+            parser.error(f"ckpt_path={path!r}: there is no such file")
         try:
             check_whole(path)
         except ValueError as error:
@@ -101,15 +106,13 @@ class CLI(LightningCLI):
         """Nothing: `parse_arguments` has done it, without overruling the command line."""
 
     def instantiate_classes(self) -> None:
-        """Answer an argument that the package itself refuses in one line, without the parser's pages around it."""
-        try:
+        """Make model, data and Trainer."""
+        with _in_one_line():
             super().instantiate_classes()
-        except Exception as error:
-            refusal = _own_refusal(error)
-            if refusal is None:
-                raise
-            sys.stderr.write(f"error: {refusal}\n")
-            raise SystemExit(2) from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with _in_one_line():
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         """Follow the learning rates, where there is a logger for them."""
@@ -153,11 +156,24 @@ def main(args: Sequence[str] | None = None) -> None:
     )
 
 
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Answer what the package itself refuses in one line, without the pages around it."""
+    try:
+        yield
+    except Exception as error:
+        refusal = _own_refusal(error)
+        if refusal is None:
+            raise
+        sys.stderr.write(f"error: {refusal}\n")
+        raise SystemExit(2) from error
+
+
 def _own_refusal(error: BaseException | None) -> BaseException | None:
     """The error in the chain of causes that this package raised itself."""
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, ValueError | OSError) and frames and Path(frames[-1].filename).is_relative_to(_PACKAGE):
+        if isinstance(error, _REFUSALS) and frames and Path(frames[-1].filename).is_relative_to(_PACKAGE):
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -204,7 +204,7 @@ def test_own_classes_in_the_working_folder(tmp_path, monkeypatch):
 def test_resuming_a_longer_run_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(*DIGITS)
-    with pytest.raises(ValueError, match="made for 8 steps, this run has 12: resume with the max_epochs of the first"):
+    with pytest.raises(SystemExit, match="made for 8 steps and took 8, this run has 12: resume with the max_epochs of"):
         run(*DIGITS, "--trainer.max_epochs", "3", "--ckpt_path", checkpoint("."))
 
 
@@ -215,10 +215,45 @@ def test_a_truncated_checkpoint_is_named_in_one_line(tmp_path, monkeypatch):
         run("test", "--ckpt_path", "cut.ckpt")
 
 
+def test_mistakes_that_show_up_late_are_answered_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cut.pt").write_bytes(b"PK" + bytes(100))
+    for args, message in (
+        (["fit", "--trainer.gradient_clip_val", "1"], "give the model clip_norm=1"),
+        (["fit", "--data.samples_per_class", "100000"], "samples_per_class=100000: more than there are"),
+        (["fit", "--model.weights", "cut.pt"], "weights='cut.pt' is not whole"),
+        (["test", "--ckpt_path", "nothere.ckpt"], "ckpt_path='nothere.ckpt': there is no such file"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(*args, "--trainer.fast_dev_run", "1")
+        lines = [line for line in str(stop.value).splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        assert message in lines[0]
+        assert "Traceback" not in str(stop.value)
+
+
+def test_a_resumed_run_remembers_the_best_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    constant = ["--model.lr_scheduler", "constant", "--trainer.limit_val_batches", "1.0"]
+    run(*DIGITS, *constant, "--trainer.limit_train_batches", 40, "--trainer.max_epochs", 1, "--model.lr", 0.005)
+    best = next(Path("lightning_logs/version_0/checkpoints").glob("epoch000-*.ckpt"))
+    last = best.with_name("last.ckpt")
+    stored = torch.load(last, weights_only=True)
+    for key, value in stored["state_dict"].items():
+        if "classes" in key:
+            value.zero_()  # what follows is worse
+    torch.save(stored, last)
+    more = ["--trainer.limit_train_batches", 1, "--trainer.max_epochs", 2]
+    printed = run(*DIGITS, *constant, *more, "--ckpt_path", last)
+    assert f"best val/acc: {best.resolve()}" in printed
+    assert best.is_file()
+
+
 def test_only_some_blocks_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = run("fit", *QUICK, "--model.train_blocks", "[0, conv4]", "--last.every_n_train_steps", "2")
     assert "validation accuracy" in output
+    assert output.count("(held)") == 4
     kept = torch.load(checkpoint(tmp_path), weights_only=True)
     assert kept["hyper_parameters"]["train_blocks"] == [0, "conv4"]
     assert [bool(state["state"]) for state in kept["optimizer_states"]].count(True) == 2

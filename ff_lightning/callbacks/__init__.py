@@ -1,7 +1,7 @@
-"""Side matters: what is reported about a run, its last checkpoint, and which block is trained when."""
+"""Side matters: what is reported about a run, its best and its last checkpoint, and which block is trained when."""
 
+from ff_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from ff_lightning.callbacks.greedy import GreedyBlocks
-from ff_lightning.callbacks.last import LastCheckpoint
 from ff_lightning.callbacks.table import BlockTable
 
-__all__ = ["BlockTable", "GreedyBlocks", "LastCheckpoint"]
+__all__ = ["BestCheckpoint", "BlockTable", "GreedyBlocks", "LastCheckpoint"]

@@ -22,7 +22,8 @@ class BlockTable(Callback):
         for k, (block, head) in enumerate(zip(net.blocks, net.heads, strict=True)):
             shape = " x ".join(map(str, block.map_shape))
             sizes = f"{_size(block):,}", f"{_size(head):,}", f"{block.saved_bytes / 1024:,.0f} KiB"
-            table.add_row(f"{k:02d}", block.name, shape, *sizes)
+            name = block.name if k in net.trained else f"{block.name} (held)"
+            table.add_row(f"{k:02d}", name, shape, *sizes)
         Console().print(table)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -33,6 +33,12 @@ from ff_lightning.modules.reporting import Reporting
 from ff_lightning.modules.schedules import Schedule, make_scheduler, monitored, step_epoch_scheduler
 from ff_lightning.network import check_classes
 
+_EXPECTED = (
+    "It is recommended to use .self.log",  # figures are the same on all processes before they are logged
+    ".*with manual optimization and every_n_train_steps",  # a checkpoint after the step is what is asked for
+)
+"""Warnings of Lightning that do not apply here."""
+
 
 class LocalLearner(Reporting):
     """Base of all methods: a network of blocks, each with an optimizer of its own, in Lightning.
@@ -289,6 +295,10 @@ class LocalLearner(Reporting):
 
     def setup(self, stage: str) -> None:
         """Compare the model with the data; have checkpoints written that are whole or not there."""
+        for message in _EXPECTED:
+            warnings.filterwarnings("ignore", message=message)
+        if len(self.net.trained) < len(self.net.blocks):
+            warnings.filterwarnings("ignore", message="Found .* in eval mode")  # the blocks that are held
         strategy = self.trainer.strategy
         checks.check_strategy(strategy)
         if type(strategy.checkpoint_io) is TorchCheckpointIO:

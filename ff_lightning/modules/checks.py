@@ -125,10 +125,14 @@ def check_data(num_classes: int, input_shape: tuple[int, ...], data: Any) -> Non
 def check_schedules(schedulers: Iterable[Any], module: Any) -> None:
     """Raise ValueError if a one-cycle schedule, restored from a checkpoint, ends before the run does."""
     for scheduler in schedulers:
-        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < (wanted := total_steps(module)):
+        if not isinstance(scheduler, OneCycleLR):
+            continue
+        wanted = total_steps(module)
+        if scheduler.total_steps < wanted or scheduler.last_epoch >= scheduler.total_steps:
             raise ValueError(
-                f"lr_scheduler='onecycle' of the checkpoint was made for {scheduler.total_steps} steps, this run has "
-                f"{wanted}: resume with the max_epochs of the first run, or start a new run from its weights"
+                f"lr_scheduler='onecycle' of the checkpoint was made for {scheduler.total_steps} steps and took "
+                f"{scheduler.last_epoch}, this run has {wanted}: resume with the max_epochs of the first run, or start "
+                "a new run with weights=FILE instead of ckpt_path=FILE"
             )
 
 
@@ -144,7 +148,8 @@ def check_architecture(own: Mapping[str, Tensor], hparams: Mapping[str, Any], ch
             for key, value in hparams.items()
             if key in was and was[key] != value
         }
+        module = "" if "backbone" in was else "; its backbone was given as a module: give it again, backbone=..."
         raise ValueError(
             f"the checkpoint was written by another architecture: {len(wrong)} tensors differ, the first is "
-            f"{wrong[0]!r}; arguments that differ: {differ or 'none that were stored (the backbone?)'}"
+            f"{wrong[0]!r}; arguments that differ: {differ or 'none that were stored'}{module}"
         )

@@ -1,4 +1,4 @@
-"""The last checkpoint of a run, also of one that is asked to stop."""
+"""The best checkpoint of a run, also of one that was resumed, and the last one, also of one that is asked to stop."""
 
 import signal
 from typing import Any
@@ -9,6 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """A `ModelCheckpoint` that remembers, in a resumed run with a folder of its own, which one was best before."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best of the run that was interrupted; its file stays where it is."""
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
 
 class LastCheckpoint(ModelCheckpoint):
