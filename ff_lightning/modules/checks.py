@@ -125,14 +125,11 @@ def check_data(num_classes: int, input_shape: tuple[int, ...], data: Any) -> Non
 def check_schedules(schedulers: Iterable[Any], module: Any) -> None:
     """Raise ValueError if a one-cycle schedule, restored from a checkpoint, ends before the run does."""
     for scheduler in schedulers:
-        if not isinstance(scheduler, OneCycleLR):
-            continue
-        wanted = total_steps(module)
-        if scheduler.total_steps < wanted or scheduler.last_epoch >= scheduler.total_steps:
+        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < (wanted := total_steps(module)):
             raise ValueError(
-                f"lr_scheduler='onecycle' of the checkpoint was made for {scheduler.total_steps} steps and took "
-                f"{scheduler.last_epoch}, this run has {wanted}: resume with the max_epochs of the first run, or start "
-                "a new run with weights=FILE instead of ckpt_path=FILE"
+                f"lr_scheduler='onecycle' of the checkpoint was made for {scheduler.total_steps} steps, this run has "
+                f"{wanted}: resume with the max_epochs of the first run, or start a new run with weights=FILE instead "
+                "of ckpt_path=FILE"
             )
 
 
