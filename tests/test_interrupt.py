@@ -80,7 +80,9 @@ def assert_same(folder, whole):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)], ids=["SIGTERM", "SIGINT (Ctrl-C)"]
 )
-@pytest.mark.parametrize("batch", [4, 11, 17])
+@pytest.mark.parametrize(
+    "batch", [pytest.param(4, marks=pytest.mark.slow), 11, pytest.param(17, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint(number, code, batch, whole, tmp_path):
     exitcode, seen = run(tmp_path, stop_at=batch, number=number, every=None)
     assert (exitcode, seen[-1]) == (code, batch), "stopped after this batch"

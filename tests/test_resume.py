@@ -90,9 +90,9 @@ class SaveEverywhere(Callback):
     ("method", "optimization", "schedule"),
     [
         (SFF, "manual", "onecycle"),
-        (SFF, "manual", "constant"),
-        (SFF, "automatic", "onecycle"),
-        (Backprop, "manual", "onecycle"),
+        pytest.param(SFF, "manual", "constant", marks=pytest.mark.slow),
+        pytest.param(SFF, "automatic", "onecycle", marks=pytest.mark.slow),
+        pytest.param(Backprop, "manual", "onecycle", marks=pytest.mark.slow),
         (Backprop, "automatic", "constant"),
     ],
 )
