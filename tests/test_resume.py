@@ -140,6 +140,24 @@ def test_interrupted_in_the_middle_of_an_accumulation(optimization, make_trainer
         assert_same(whole, model)
 
 
+@pytest.mark.parametrize("optimization", ["manual", "automatic"])
+def test_a_validation_in_the_middle_of_an_accumulation_changes_nothing(optimization, make_trainer, tmp_path):
+    manual = optimization == "manual"
+    settings = {} if manual else {"accumulate_grad_batches": 3}
+
+    def make_model():
+        return make(optimization=optimization, accumulate=3 if manual else 1)
+
+    plain, validated, everywhere = make_model(), make_model(), SaveEverywhere(tmp_path)
+    fit(make_trainer, plain, **settings)
+    fit(make_trainer, validated, callbacks=[everywhere], val_check_interval=2, **settings)
+    assert_same(plain, validated)
+    for path in everywhere.paths[:5]:  # two batches, a validation, two batches
+        model = make_model()
+        fit(make_trainer, model, ckpt_path=path, seed=2, val_check_interval=2, **settings)
+        assert_same(plain, model)
+
+
 def test_gradients_are_kept_only_in_the_middle_of_an_accumulation(make_trainer, tmp_path):
     saves = [SaveAt(batch, tmp_path / f"{batch}.ckpt") for batch in range(BATCHES)]
     fit(make_trainer, make(accumulate=3), callbacks=saves)

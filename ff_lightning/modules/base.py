@@ -21,6 +21,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -206,6 +207,9 @@ class LocalLearner(Reporting):
     def _is_last_of_window(self, batch_idx: int) -> bool:
         return (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Nothing: after a step there are no gradients, and those of an open window of accumulation are to stay."""
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients of each block by themselves; mixed precision has unscaled them by now."""
         for parameter in self._idle or ():  # in all batches of this step; DDP has made zeros of them
@@ -315,7 +319,7 @@ class LocalLearner(Reporting):
         trainer = self.trainer
         window = max(self.accumulate, trainer.accumulate_grad_batches)
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        in_window = trainer.training and batches % window != 0 and not trainer.is_last_batch
+        in_window = trainer.state.fn == TrainerFn.FITTING and batches % window != 0 and not trainer.is_last_batch
         if trainer.is_last_batch:  # the next one is the first of an epoch
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         checkpoint["ff_lightning"] = {
