@@ -102,6 +102,14 @@ def test_greedy_trains_one_block_after_the_other(make_trainer, digits):
     assert (model.net.trained, model.net.voters) == (frozenset({0, 1, 2}), None)
 
 
+def test_after_their_turns_all_blocks_can_be_trained_together(make_trainer, digits):
+    model = make()
+    make_trainer(max_epochs=3, callbacks=[GreedyBlocks(1)]).fit(model, digits)
+    trainer = make_trainer()
+    trainer.fit(model, digits)
+    assert [config.scheduler.total_steps for config in trainer.lr_scheduler_configs] == [6] * 3
+
+
 def test_a_turn_is_training_of_that_block_alone(make_trainer, digits):
     greedy = make(lr_scheduler="constant")
     make_trainer(max_epochs=3, callbacks=[GreedyBlocks(1)]).fit(greedy, digits)

@@ -62,3 +62,4 @@ class GreedyBlocks(Callback):
         net = cast(Any, pl_module.net)
         net.train_only(None)
         net.voters = None
+        cast(LocalLearner, pl_module).turns = 1
