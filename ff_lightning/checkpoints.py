@@ -1,12 +1,13 @@
 """Checkpoint files that are whole or not there."""
 
-import os
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from ff_lightning.files import whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -21,10 +22,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        part = Path(f"{path}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, part)
-        os.replace(part, path)
+        with whole(Path(path)) as part:
+            torch.save(checkpoint, part)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint.

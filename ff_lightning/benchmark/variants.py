@@ -130,16 +130,22 @@ def checkpointed(settings: Settings) -> Variant:
 
 def local(settings: Settings, granularity: Granularity) -> Variant:
     """Scalable Forward-Forward: backward and step of each block at once, an optimizer for each."""
+    x, y = settings.batch_of_noise()
+    return _local_steps(settings, granularity, lambda: [(x, y)])
+
+
+def _local_steps(settings: Settings, granularity: Granularity, batches: Callable[[], Iterable[Any]]) -> Variant:
     net = _local_net(settings, granularity)
     optimizers = [_optimizer(net.block_parameters(k)) for k in range(len(net.blocks))]
-    x, y = settings.batch_of_noise()
 
     def step() -> None:
-        with settings.autocast():
-            for optimizer, loss in zip(optimizers, net.local_losses(x, y), strict=True):
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+        for x, y in batches():
+            x, y = x.to(settings.device), y.to(settings.device)
+            with settings.autocast():
+                for optimizer, loss in zip(optimizers, net.local_losses(x, y), strict=True):
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
 
     return Variant(step, _bodies(net.blocks), optimizers)
 
@@ -164,21 +170,7 @@ def epoch(settings: Settings, with_trainer: bool) -> Variant:
         torch.randint(settings.classes, (settings.epoch_batches * settings.batch,)),
     )
     loader: DataLoader[Any] = DataLoader(data, settings.batch, shuffle=True)
-    if with_trainer:
-        return _epoch_of_trainer(settings, loader)
-    net = _local_net(settings, "block")
-    optimizers = [_optimizer(net.block_parameters(k)) for k in range(len(net.blocks))]
-
-    def step() -> None:
-        for x, y in loader:
-            x, y = x.to(settings.device), y.to(settings.device)
-            with settings.autocast():
-                for optimizer, loss in zip(optimizers, net.local_losses(x, y), strict=True):
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-
-    return Variant(step, _bodies(net.blocks))
+    return _epoch_of_trainer(settings, loader) if with_trainer else _local_steps(settings, "block", lambda: loader)
 
 
 def _epoch_of_trainer(settings: Settings, loader: "DataLoader[Any]") -> Variant:

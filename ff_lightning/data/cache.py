@@ -2,13 +2,14 @@
 
 import hashlib
 import logging
-import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ff_lightning.files import whole
 
 log = logging.getLogger(__name__)
 
@@ -18,9 +19,7 @@ Stored = dict[str, torch.Tensor]
 def cached(path: Path, files: Sequence[Path], settings: Any, make: Callable[[], Stored]) -> Stored:
     """What `make` gives, from the file `path` if that was made of the same files with the same settings.
 
-    Else it is made anew and written: to a temporary name first, which is renamed, so that a run that breaks off leaves
-    no half file and another run that reads the old one is not disturbed. A file that is damaged is made anew. Where
-    the file cannot be written, a warning says so.
+    Else it is made anew and written, also where the file is damaged. A warning says so where it cannot be written.
 
     Args:
         path: The file.
@@ -39,14 +38,9 @@ def cached(path: Path, files: Sequence[Path], settings: Any, make: Callable[[], 
         except Exception as error:  # whatever a damaged file leads to
             log.warning("%s cannot be read and is made anew: %s", path, error)
     content = make()
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole(path) as part:
             torch.save({"key": key, "sum": _sum(content), "content": content}, part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch reports a folder or disk that cannot be written as the latter
         log.warning("the decoded images are not kept for the next run: %s (cache_dir may name another folder)", error)
     return content

@@ -151,13 +151,13 @@ class LocalLearner(Reporting):
             self._idle = self.net.idle if self._idle is None else self._idle & self.net.idle
             self._report(losses.detach())
             return losses.sum()
-        stepping = self._is_last_of_window(batch_idx)
+        stepping = self._stepping if self._is_last_of_window(batch_idx) else ()
         local, to_step = [], []
         for k, loss in enumerate(self.net.local_losses(x, y)):
             if loss.requires_grad:
                 with self._without_ddp_hooks():
                     self.manual_backward(loss / self.accumulate)
-            if stepping and k in self._stepping:
+            if k in stepping:
                 to_step.append((k, self._start_averaging(k)))
                 if len(to_step) > self._blocks_in_flight:
                     self._step_block(*to_step.pop(0))
