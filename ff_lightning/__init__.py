@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ff_lightning.goodness import GoodnessHead
+from ff_lightning.goodness import GoodnessHead, PooledHead
 from ff_lightning.network import LocalNet
 from ff_lightning.partition import partition
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ff_lightning import data
     from ff_lightning.modules import SFF, Backprop, LocalLearner
 
-__all__ = ["SFF", "Backprop", "GoodnessHead", "LocalLearner", "LocalNet", "data", "partition"]
+__all__ = ["SFF", "Backprop", "GoodnessHead", "LocalLearner", "LocalNet", "PooledHead", "data", "partition"]
 
 
 def __getattr__(name: str) -> Any:

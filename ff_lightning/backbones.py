@@ -25,7 +25,7 @@ _REDUCTION = 8  # of a small stem: 32 pixels become maps of 4 x 4
 
 
 def cnn(num_classes: int = 10, in_channels: int = 3, width: int = 32) -> nn.Sequential:
-    """A plain network of six 3x3 convolutions, each with batch norm and ReLU; the maps are halved after every second.
+    """A plain network of three blocks: two 3x3 convolutions, each with batch norm and ReLU, and a pool that halves.
 
     Args:
         num_classes: Outputs of the classifier.
@@ -37,11 +37,13 @@ def cnn(num_classes: int = 10, in_channels: int = 3, width: int = 32) -> nn.Sequ
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = in_channels
-    for i, factor in enumerate((1, 2, 4, 4, 8, 8)):
-        out = width * factor
-        convolution = [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-        layers[f"conv{i + 1}"] = nn.Sequential(*convolution, *([nn.MaxPool2d(2)] if i % 2 else []))
-        channels = out
+    for number, factors in enumerate([(1, 2), (4, 4), (8, 8)], start=1):
+        block: list[nn.Module] = []
+        for factor in factors:
+            out = width * factor
+            block += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            channels = out
+        layers[f"block{number}"] = nn.Sequential(*block, nn.MaxPool2d(2))
     layers["classifier"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
     return nn.Sequential(layers)
 

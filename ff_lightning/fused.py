@@ -46,9 +46,9 @@ def layer_normed(raw: Tensor) -> Normed:
     return Normed(raw, value.permute(back).to(raw.dtype), mean.view(-1, 1, 1, 1), rstd.view(-1, 1, 1, 1))
 
 
-def pooled(features: Tensor | Normed, window: tuple[int, int]) -> Tensor:
-    """Mean over windows: (B, C, H, W) -> (B, C, H / window, W / window), rounded up."""
-    return _Pooled.apply(*features, window) if isinstance(features, Normed) else _pool(features, window)
+def pooled(features: Tensor | Normed, regions: tuple[int, int]) -> Tensor:
+    """Mean over regions, as `adaptive_avg_pool2d` draws them: (B, C, H, W) -> (B, C, *regions)."""
+    return _Pooled.apply(*features, regions) if isinstance(features, Normed) else _pool(features, regions)
 
 
 def class_goodness(features: Tensor | Normed, weight: Tensor, bias: Tensor) -> Tensor:
@@ -75,9 +75,8 @@ def class_goodness(features: Tensor | Normed, weight: Tensor, bias: Tensor) -> T
 
 class _Pooled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, raw: Tensor, value: Tensor, mean: Tensor, rstd: Tensor, window: tuple[int, int]) -> Tensor:
-        result = _pool(value, window)
-        ctx.window = window
+    def forward(ctx: Any, raw: Tensor, value: Tensor, mean: Tensor, rstd: Tensor, regions: tuple[int, int]) -> Tensor:
+        result = _pool(value, regions)
         ctx.save_for_backward(raw, mean, rstd, result)  # the result is an input of what follows: kept there anyway
         return result
 
@@ -91,37 +90,38 @@ class _Pooled(torch.autograd.Function):
         count = raw[0].numel()
         slope = -(rstd**2) * (arriving * result).sum((1, 2, 3), keepdim=True) / count
         offset = -rstd * arriving.sum((1, 2, 3), keepdim=True) / count - slope * mean
-        gradient = _add_pool_backward(torch.addcmul(offset, wide, slope), arriving * rstd, ctx.window)
+        gradient = _add_pool_backward(torch.addcmul(offset, wide, slope), arriving * rstd)
         return gradient.to(raw.dtype), None, None, None, None
 
 
-def _pool(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """`avg_pool2d`; on the CPU as a matrix product, which takes half its time, or a third with the backward."""
-    if not _pools_by_product(x, window):
-        return F.avg_pool2d(x, window, ceil_mode=True)
-    rows = x.reshape(*x.shape[:2], x.shape[2] // window[0], -1)  # the lines of a window, one behind the other
-    return rows @ _averages(x, window)
+def _pool(x: Tensor, regions: tuple[int, int]) -> Tensor:
+    """`adaptive_avg_pool2d`; on the CPU as a matrix product: half its time, or a third with the backward."""
+    if not _pools_by_product(x, regions):
+        return F.adaptive_avg_pool2d(x, regions)
+    rows = x.reshape(*x.shape[:2], regions[0], -1)  # the lines of a region, one behind the other
+    return rows @ _averages(x, regions)
 
 
-def _add_pool_backward(gradient: Tensor, arriving: Tensor, window: tuple[int, int]) -> Tensor:
-    if not _pools_by_product(gradient, window):
-        options = (window, window, (0, 0), True, True, None)
-        return gradient.add_(torch.ops.aten.avg_pool2d_backward(arriving, gradient, *options))
-    averages = _averages(gradient, window)
-    gradient.view(-1, len(averages)).addmm_(arriving.reshape(-1, averages.shape[1]), averages.T)
+def _add_pool_backward(gradient: Tensor, arriving: Tensor) -> Tensor:
+    regions = (arriving.shape[2], arriving.shape[3])
+    if not _pools_by_product(gradient, regions):
+        return gradient.add_(torch.ops.aten._adaptive_avg_pool2d_backward(arriving, gradient))
+    averages = _averages(gradient, regions)
+    gradient.view(-1, len(averages)).addmm_(arriving.reshape(-1, regions[1]), averages.T)
     return gradient
 
 
-def _pools_by_product(x: Tensor, window: tuple[int, int]) -> bool:
+def _pools_by_product(x: Tensor, regions: tuple[int, int]) -> bool:
     exact = x.dtype in (torch.float32, torch.float64)
-    return x.device.type == "cpu" and exact and x.is_contiguous() and x.shape[2] % window[0] == 0
+    divisible = x.shape[2] % regions[0] == 0 and x.shape[3] % regions[1] == 0
+    return x.device.type == "cpu" and exact and x.is_contiguous() and divisible
 
 
-def _averages(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """The matrix (window lines of W, W / window rounded up) that takes the mean over each window."""
-    column = torch.arange(x.shape[3]) // window[1]
-    chosen = (column[:, None] == torch.arange(-(-x.shape[3] // window[1]))).to(x.dtype)
-    return (chosen / chosen.sum(0) / window[0]).repeat(window[0], 1)
+def _averages(x: Tensor, regions: tuple[int, int]) -> Tensor:
+    """The matrix (lines of a region times W, regions in a line) that takes the mean over each region."""
+    lines, width = x.shape[2] // regions[0], x.shape[3] // regions[1]
+    mean = torch.full((width, 1), 1 / (lines * width), dtype=x.dtype)
+    return torch.block_diag(*[mean] * regions[1]).repeat(lines, 1)
 
 
 class _ClassGoodness(torch.autograd.Function):

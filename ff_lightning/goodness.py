@@ -4,9 +4,11 @@ Shapes: B batch, C channels, H x W positions, K classes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from inspect import signature
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +64,7 @@ def class_goodness(features: Tensor, weight: Tensor, bias: Tensor | None = None)
 
 
 class GoodnessHead(nn.Module):
-    """The auxiliary head of a block: its features -> one goodness per class, used for the local loss and the vote.
+    """A head as the paper has it: goodness is the squared class convolution, averaged over space.
 
     Args:
         in_channels: C, channels of the block's features.
@@ -73,12 +75,11 @@ class GoodnessHead(nn.Module):
         depth: Number of layers before the class convolution, each a 3x3 convolution of stride 2 with batch norm
             and ReLU. 0 is the form of the paper.
         width: Channels of these layers. None: as many as the block has.
-        pool: Side of the windows over which the features are averaged before these layers; smaller where fewer than
-            two windows would fit. Above 1 the layers have stride 1.
-        layer_kernel_size: Of the convolutions of these layers: 1 or 3.
 
     Raises:
         ValueError: If an argument is out of its range.
+
+    Source: Krutsylo, Scalable Forward-Forward, arXiv 2501.03176; temperature and layers are ours.
     """
 
     def __init__(
@@ -90,8 +91,6 @@ class GoodnessHead(nn.Module):
         learn_temperature: bool = False,
         depth: int = 1,
         width: int | None = None,
-        pool: int = 1,
-        layer_kernel_size: int = 3,
     ) -> None:
         super().__init__()
         if kernel_size not in (1, 3, 5):
@@ -100,23 +99,11 @@ class GoodnessHead(nn.Module):
             raise ValueError(f"temperature={temperature} of the goodness head: must be above 0")
         if depth < 0 or (width is not None and width < 1):
             raise ValueError(f"depth={depth}, width={width} of the goodness head: must be >= 0 and >= 1")
-        layers: list[nn.Module] = []
-        channels = in_channels
-        for _ in range(depth):
-            out = width or in_channels
-            convolution = nn.Conv2d(
-                channels,
-                out,
-                layer_kernel_size,
-                stride=2 if pool == 1 else 1,
-                padding=layer_kernel_size // 2,
-                bias=False,
-            )
-            layers += [convolution, nn.BatchNorm2d(out), nn.ReLU()]
-            channels = out
-        self.pool = pool
-        self.features = nn.Sequential(*layers)
-        self.classes = nn.Conv2d(channels, num_classes, kernel_size)
+        channels = [in_channels] + depth * [width or in_channels]
+        self.features = nn.Sequential(
+            *(layer for i, o in pairwise(channels) for layer in _convolution(i, o, kernel_size=3, stride=2))
+        )
+        self.classes = nn.Conv2d(channels[-1], num_classes, kernel_size)
         log_temperature = torch.tensor(math.log(temperature))
         if learn_temperature:
             self.log_temperature = nn.Parameter(log_temperature)
@@ -126,7 +113,7 @@ class GoodnessHead(nn.Module):
     @property
     def takes_normed(self) -> bool:
         """Whether it works on the output of a block before its layer norm, and keeps nothing but that for backward."""
-        return self.pool > 1 or (not self.features and self.classes.kernel_size == (1, 1))
+        return not self.features and self.classes.kernel_size == (1, 1)
 
     def forward(self, features: Tensor | Normed) -> Tensor:
         """Goodness of each class.
@@ -137,8 +124,6 @@ class GoodnessHead(nn.Module):
         Returns:
             (B, K), float32.
         """
-        if self.pool > 1:
-            features = self._pooled(features)
         if isinstance(features, Normed):
             bias = cast(Tensor, self.classes.bias)
             goodness = fused.class_goodness(features, self.classes.weight.flatten(1), bias)
@@ -146,17 +131,83 @@ class GoodnessHead(nn.Module):
             goodness = class_goodness(self.features(features), self.classes.weight, self.classes.bias)
         return goodness * torch.exp(-self.log_temperature)
 
-    def _pooled(self, features: Tensor | Normed) -> Tensor:
-        sides = (features.value if isinstance(features, Normed) else features).shape[2:]
-        window = (max(1, min(self.pool, sides[0] // 2)), max(1, min(self.pool, sides[1] // 2)))
-        return fused.pooled(features, window)
+
+class PooledHead(nn.Module):
+    """A head that costs next to nothing: class kernels that cover a whole map, after it was averaged over regions.
+
+    The features are averaged over ``regions x regions`` parts of the map, pass one narrow layer (convolution, batch
+    norm, ReLU), and a kernel for each class weighs every channel in every region. The goodness of a class is the
+    activity of its kernel, which has one position, so that there is nothing to average; it is not squared: evidence
+    against a class counts as well.
+
+    Args:
+        in_channels: C, channels of the block's features.
+        num_classes: K.
+        regions: Along each side of the map.
+        width: Channels of the layer. None: as many as the block has, 128 at most.
+        kernel_size: Of the layer, in regions: 1 or 3.
+        size: H x W of the features; where that is less than `regions`, there are fewer. None: it is not less.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    takes_normed = True  # it works on the output of a block before its layer norm, and keeps that alone for backward
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        regions: int = 4,
+        width: int | None = None,
+        kernel_size: int = 1,
+        size: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if regions < 1 or kernel_size not in (1, 3) or (width is not None and width < 1):
+            raise ValueError(
+                f"regions={regions}, width={width}, kernel_size={kernel_size} of the pooled head: must be >= 1, >= 1, "
+                "and 1 or 3"
+            )
+        rows, columns = size or (regions, regions)
+        self.regions = min(regions, rows), min(regions, columns)
+        width = width or min(in_channels, 128)
+        self.features = nn.Sequential(*_convolution(in_channels, width, kernel_size))
+        self.classes = nn.Conv2d(width, num_classes, self.regions)
+
+    def forward(self, features: Tensor | Normed) -> Tensor:
+        """Goodness of each class.
+
+        Args:
+            features: (B, C, H, W), any floating dtype.
+
+        Returns:
+            (B, K), float32.
+        """
+        activity: Tensor = self.classes(self.features(fused.pooled(features, self.regions)))
+        return activity.flatten(1).float()
+
+
+def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
+    padding = kernel_size // 2
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+    return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU()]
 
 
 HeadFactory = Callable[[int, int], nn.Module]
-"""Makes the head of a block from its number of channels and the number of classes."""
+"""Makes the head of a block from its number of channels and the number of classes.
+
+If it has a parameter `size`, it is given H x W of the features as well.
+"""
 
 HEADS: dict[str, HeadFactory] = {
+    "pooled": PooledHead,
     "deep": GoodnessHead,
-    "pooled": partial(GoodnessHead, pool=4, layer_kernel_size=1),
     "paper": partial(GoodnessHead, depth=0, temperature=1.0),
 }
+
+
+def make_head(factory: HeadFactory, map_shape: Sequence[int], num_classes: int) -> nn.Module:
+    """The head for features of shape (C, H, W); see `HeadFactory`."""
+    size: dict[str, Any] = {"size": map_shape[1:]} if "size" in signature(factory).parameters else {}
+    return factory(map_shape[0], num_classes, **size)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ff_lightning.fused import Normed, layer_norm, layer_normed
-from ff_lightning.goodness import HEADS, GoodnessHead, HeadFactory
+from ff_lightning.goodness import HEADS, GoodnessHead, HeadFactory, PooledHead, make_head
 from ff_lightning.inference import VOTES
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.partition import Block, Granularity, State, partition
@@ -34,8 +34,8 @@ class LocalNet(nn.Module):
         model: The network to cut; its classifier is not used.
         num_classes: K.
         granularity: Where to cut; see `ff_lightning.partition`.
-        head: ``"deep"``, ``"pooled"``, ``"paper"``, or a function (channels, K) -> module from (B, C, H, W) to goodness
-            (B, K).
+        head: ``"pooled"``, ``"deep"``, ``"paper"`` (see `PooledHead` and `GoodnessHead`), or a function (channels, K)
+            -> module from (B, C, H, W) to goodness (B, K); a parameter `size` of it is given (H, W).
         norm: What the next block and the head see of a block's output: normalised over all features of an image
             (``"layer"``), over the channels of each position (``"channel"``), divided by its root mean square
             (``"length"``), or as it is (``"none"``).
@@ -69,7 +69,7 @@ class LocalNet(nn.Module):
         model: nn.Module,
         num_classes: int,
         granularity: Granularity = "block",
-        head: str | HeadFactory = "deep",
+        head: str | HeadFactory = "pooled",
         norm: Norm = "layer",
         vote: str = "mean",
         input_shape: Sequence[int] = (3, 32, 32),
@@ -86,13 +86,13 @@ class LocalNet(nn.Module):
             raise ValueError(unknown("head", head, HEADS, f"one of {list(HEADS)} or a function (channels, classes)"))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         blocks = partition(model, granularity, torch.zeros(1, *input_shape, device=device))
-        self.make_head = HEADS[head] if isinstance(head, str) else head
+        self.head_factory = HEADS[head] if isinstance(head, str) else head
         self.num_classes = num_classes
         self.norm = norm
         self.vote = vote
         self.input_shape = tuple(input_shape)
         self.blocks = nn.ModuleList(blocks)
-        self.heads = nn.ModuleList(self.make_head(block.map_shape[0], num_classes).to(device) for block in blocks)
+        self.heads = nn.ModuleList(self._make_heads(blocks, device))
         self.trained = frozenset(range(len(blocks)))
         self.voters: int | None = None
         self.idle: set[nn.Parameter] = set()
@@ -151,10 +151,13 @@ class LocalNet(nn.Module):
         added = partition(nn.Sequential(OrderedDict([(name, model)])), granularity, main_output(state))
         first = len(self.blocks)
         self.blocks.extend(added)
-        self.heads.extend(self.make_head(block.map_shape[0], self.num_classes).to(device) for block in added)
+        self.heads.extend(self._make_heads(added, device))
         self.trained |= set(range(first, first + len(added)))
         self.train(mode)
         return list(range(first, first + len(added)))
+
+    def _make_heads(self, blocks: Iterable[Block], device: torch.device) -> list[nn.Module]:
+        return [make_head(self.head_factory, block.map_shape, self.num_classes).to(device) for block in blocks]
 
     def compile_blocks(self) -> None:
         """Compile each block and each head by itself, when it runs for the first time."""
@@ -223,7 +226,7 @@ class LocalNet(nn.Module):
     def _head_takes_normed(self, k: int) -> bool:
         """Whether the head of block k works on the output before the layer norm; a class derived from it may not."""
         head = self.heads[k]
-        return self.norm == "layer" and type(head) is GoodnessHead and head.takes_normed
+        return self.norm == "layer" and type(head) in (GoodnessHead, PooledHead) and bool(head.takes_normed)
 
     def local_losses(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
         """The local loss of one block after the other, each with a graph of its own.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ff_lightning import LocalNet
 from ff_lightning.fused import class_goodness, layer_normed, pooled
-from ff_lightning.goodness import GoodnessHead
+from ff_lightning.goodness import GoodnessHead, PooledHead
 from ff_lightning.memory import saved_for_backward
 from tests.conftest import Residual, small_net
 
@@ -89,17 +89,17 @@ def test_bfloat16_is_no_worse_than_the_naive_way(shape, autocast):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("size", "window"), [((8, 8), (4, 4)), ((7, 5), (3, 2)), ((1, 6), (1, 3))])
-def test_pooling_equals_layer_norm_and_pooling(size, window, channels_last):
+@pytest.mark.parametrize(("size", "regions"), [((8, 8), (4, 4)), ((7, 5), (4, 4)), ((1, 6), (1, 3)), ((8, 12), (2, 4))])
+def test_pooling_equals_layer_norm_and_pooling(size, regions, channels_last):
     h = torch.randn(5, 6, *size) + 1
     if channels_last:
         h = h.contiguous(memory_format=torch.channels_last)
 
     def naive_pooled(h):
-        return F.avg_pool2d(F.layer_norm(h, h.shape[1:]), window, ceil_mode=True)
+        return F.adaptive_avg_pool2d(F.layer_norm(h, h.shape[1:]), regions)
 
     arriving = torch.randn_like(naive_pooled(h))
-    ours = with_gradients(lambda h: pooled(layer_normed(h), window), [h], arriving)
+    ours = with_gradients(lambda h: pooled(layer_normed(h), regions), [h], arriving)
     theirs = with_gradients(naive_pooled, [h], arriving)
     for got, wanted in zip(ours, theirs, strict=True):
         assert error(got, wanted.double()) < 1e-5
@@ -120,8 +120,8 @@ def test_goodness_keeps_nothing_but_its_inputs(classes, normed):
 def heads():
     return {
         "paper": partial(GoodnessHead, depth=0),
-        "pooled": partial(GoodnessHead, pool=4, layer_kernel_size=1),
-        "pooled_3x3": partial(GoodnessHead, pool=2, depth=2, width=7),
+        "pooled": PooledHead,
+        "pooled_3x3": partial(PooledHead, regions=3, width=7, kernel_size=3),
     }
 
 
@@ -149,9 +149,9 @@ class Plain(nn.Module):
         self.head = head
 
     def forward(self, features):
-        if self.head.pool > 1:
-            window = [max(1, min(self.head.pool, side // 2)) for side in features.shape[2:]]
-            features = F.avg_pool2d(features, window, ceil_mode=True)
+        if isinstance(self.head, PooledHead):
+            regions = [min(self.head.classes.kernel_size[0], side) for side in features.shape[2:]]
+            return self.head.classes(self.head.features(F.adaptive_avg_pool2d(features, regions))).flatten(1)
         z = self.head.classes(self.head.features(features))
         return z.square().mean((2, 3)) * torch.exp(-self.head.log_temperature)
 

@@ -1,7 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
 
-from ff_lightning.goodness import GoodnessHead, class_goodness
+from ff_lightning.goodness import GoodnessHead, PooledHead, class_goodness, make_head
 from ff_lightning.inference import last_vote, log_softmax_vote, mean_vote
 from ff_lightning.losses import LogSumExpLoss, logsumexp_loss
 
@@ -46,6 +48,29 @@ def test_learned_temperature_is_a_parameter_and_gets_a_gradient():
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_head_takes_maps_of_any_size(size, depth):
     assert GoodnessHead(3, 4, depth=depth, width=5)(torch.randn(2, 3, size, size)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 9), (7, 1)])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_pooled_head_has_no_more_regions_than_the_map_has_positions(size, kernel):
+    head = make_head(partial(PooledHead, kernel_size=kernel), (3, *size), 5)
+    assert head.classes.weight.shape == (5, 3, min(4, size[0]), min(4, size[1]))
+    assert head(torch.randn(2, 3, *size)).shape == (2, 5)
+    assert head(torch.randn(2, 3, 8, 8)).shape == (2, 5), "also for images of another size"
+
+
+def test_a_pooled_head_tells_regions_apart():
+    head = PooledHead(1, 2, regions=2, width=4).eval()
+    corner = torch.zeros(2, 1, 4, 4)
+    corner[0, :, 0, 0] = corner[1, :, 3, 3] = 1
+    assert not torch.equal(*head(corner))
+
+
+@pytest.mark.parametrize("arguments", [{"regions": 0}, {"width": 0}, {"kernel_size": 2}])
+def test_pooled_head_refuses_bad_arguments(arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        PooledHead(3, 4, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class Inline(nn.Module):
 
 
 NETWORKS = {  # network, the module whose output is the feature map (None: the network says), number of units
-    "cnn": (lambda: cnn(10, 3, width=4), "conv6", {"layer": 6, "block": 6, "stage": 4}),
+    "cnn": (lambda: cnn(10, 3, width=4), "block3", {"layer": 6, "block": 3, "stage": 3}),
     "small": (lambda: small_net(3), "3", {"layer": 5, "block": 3, "stage": 1}),
     "inline": (Inline, None, {"layer": 4, "block": 3, "stage": 2}),
     "resnet18": (lambda: models.resnet18(), "layer4", {"layer": 20, "block": 9, "stage": 4}),
@@ -160,10 +160,10 @@ class TwoInputs(UsesTraining):
     ("model", "granularity", "message"),
     [
         (cnn(), "layr", r"granularity='layr' is not known: give one of .*did you mean 'layer'"),
-        (cnn(), ["conv7"], r"granularity='conv7' .*did you mean 'conv\d'"),
+        (cnn(), ["block7"], r"granularity='block7' .*did you mean 'block\d'"),
         (cnn(), ["classifier"], "takes no part in the features"),
-        (cnn(), ["conv6"], "leave out 'conv6', the unit after its cut has no layer"),
-        (cnn(), ["conv1.0", "conv1.1"], "leave out 'conv1.1', the unit before its cut has no layer"),
+        (cnn(), ["block3"], "leave out 'block3', the unit after its cut has no layer"),
+        (cnn(), ["block1.0", "block1.1"], "leave out 'block1.1', the unit before its cut has no layer"),
         (UsesTraining(), "block", "does something else in training than in evaluation"),
         (Branches(), "block", "cannot be traced .*control flow.*nn.Sequential"),
         (TwoInputs(), "block", r"several inputs \['x', 'y'\]"),
@@ -176,7 +176,7 @@ def test_bad_input_is_named(model, granularity, message):
 
 
 def test_an_image_too_small_names_the_place():
-    with pytest.raises(ValueError, match=r"shape \(3, 4, 4\) does not pass .*'conv6.3' failed"):
+    with pytest.raises(ValueError, match=r"shape \(3, 4, 4\) does not pass .*'block3.6' failed"):
         partition(cnn(), "block", torch.zeros(1, 3, 4, 4))
 
 

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--classes", nargs="+", type=int, default=[10], help="a table for each")
     add("--batch", type=int, default=32, help="images of a step")
     add("--input-size", type=int, default=32, help="side of an image")
-    add("--head", choices=list(HEADS), default="deep", help="see SFF")
+    add("--head", choices=list(HEADS), default="pooled", help="see SFF")
     add("--device", default="cpu", help="cpu or cuda")
     add("--precision", choices=["32", "bf16"], default="32", help="bf16: mixed")
     add("--channels-last", action="store_true", help="order of maps and weights in memory")

@@ -28,7 +28,7 @@ class SFF(LocalLearner):
             state dict, whose classifier may be one for other classes.
         granularity: The units of training: ``"layer"``, ``"block"``, ``"stage"``, a number of units, or names of
             modules to cut after.
-        head: ``"deep"``, ``"pooled"``, ``"paper"``, or a class such as `GoodnessHead` called with (channels, classes).
+        head: ``"pooled"``, ``"deep"``, ``"paper"``, or a class such as `PooledHead` called with (channels, classes).
         norm: Normalisation between the blocks: ``"layer"``, ``"channel"``, ``"length"`` or ``"none"``.
         vote: How the blocks decide: ``"mean"``, ``"last"`` or ``"log_softmax"``.
         label_smoothing: Share of the target that is spread evenly over all classes.
@@ -49,7 +49,7 @@ class SFF(LocalLearner):
         stem: Stem = "standard",
         weights: str | None = None,
         granularity: Granularity = "block",
-        head: Literal["deep", "pooled", "paper"] | HeadFactory = "deep",
+        head: Literal["pooled", "deep", "paper"] | HeadFactory = "pooled",
         norm: Norm = "layer",
         vote: Literal["mean", "last", "log_softmax"] = "mean",
         label_smoothing: float = 0.0,

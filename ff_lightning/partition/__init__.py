@@ -35,9 +35,10 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Ten
             traced stay in one block.
         granularity: ``"layer"``: a unit for each convolution, linear or attention layer with its norm and
             activation, also inside residual blocks, and for each squeeze-excite gate; ``"block"``: a unit for each
-            residual, inverted-residual or transformer block, and for each layer outside of them; ``"stage"``: a new
-            unit where the resolution changes; a number: so many units that keep about equally much for backward,
-            made of whole blocks where there are enough of them; a list of module names: a cut after each of them.
+            residual, inverted-residual or transformer block, and for each layer outside of them, in a plain network
+            for each run of layers at one resolution; ``"stage"``: a new unit where the resolution changes; a number:
+            so many units that keep about equally much for backward, made of whole blocks where there are enough of
+            them; a list of module names: a cut after each of them.
         example: An input batch (B, C, H, W), one image is enough. None: a usual shape is tried.
 
     Returns:

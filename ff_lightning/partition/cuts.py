@@ -28,8 +28,15 @@ def layer_cuts(features: Features) -> list[int]:
 
 
 def block_cuts(features: Features) -> list[int]:
-    """A unit for each residual block, and for each layer outside of them; one tensor crosses every cut."""
+    """A unit for each residual block, and for each layer outside of them; one tensor crosses every cut.
+
+    In a plain network, one of single layers: a unit for each run of them at one resolution, if that changes at all.
+    """
     blocks = _residual_blocks(features)
+    modules = dict(features.model.named_modules())
+    targets = [str(op.node.target) for op in features.ops if op.weights and op.node.op == "call_module"]
+    if not blocks and not any(list(modules[target].children()) for target in targets):
+        return _resolution_cuts(features)
     anchors = [*blocks, *((i, i + 1) for i in _layers(features.ops) if not _covered(i, blocks))]
     inside = {cut for start, end in blocks for cut in range(start + 1, end)}
     return _between(features, sorted(anchors), set(_narrow(features)) - inside)
@@ -40,6 +47,19 @@ def stage_cuts(features: Features) -> list[int]:
     cuts = block_cuts(features)
     areas = [features.area(end) for end in [*cuts, len(features.ops)]]
     return [cut for cut, before, after in zip(cuts, areas[:-1], areas[1:], strict=True) if before != after]
+
+
+def _resolution_cuts(features: Features) -> list[int]:
+    """The layer cuts of a plain network at which the resolution changes; all of them if it never does.
+
+    What counts is the resolution at which a layer works: a pooling behind it belongs to it.
+    """
+    cuts = sorted(set(layer_cuts(features)) & set(_narrow(features)))
+    borders = [0, *cuts, len(features.ops)]
+    last_layers = [max(i for i in _layers(features.ops) if i < end) for end in borders[1:]]
+    areas = [features.area(i + 1) for i in last_layers]
+    changes = [cut for cut, before, after in zip(cuts, areas[:-1], areas[1:], strict=True) if before != after]
+    return changes or cuts
 
 
 def balanced_cuts(cuts: Sequence[int], costs: Sequence[int], count: int) -> list[int]:
