@@ -24,7 +24,7 @@ Stem = Literal["standard", "small"]
 _REDUCTION = 8  # of a small stem: 32 pixels become maps of 4 x 4
 
 
-def cnn(num_classes: int = 10, in_channels: int = 3, width: int = 32) -> nn.Sequential:
+def cnn(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> nn.Sequential:
     """A plain network of three blocks: two 3x3 convolutions, each with batch norm and ReLU, and a pool that halves.
 
     Args:

@@ -57,6 +57,7 @@ def test_every_config_runs(config, files):
     assert text.startswith(f"# ff-lightning fit --config {config}")
     method = yaml.safe_load(text)["model"]["class_path"]
     quick = [*QUICK, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2]
+    quick += ["--trainer.check_val_every_n_epoch", 1]
     if "imagenette" in str(config):
         quick += ["--data.root", "data/images", "--data.image_size", 64]
     for argument, few in (("subset", 40), ("samples_per_class", 4)):
