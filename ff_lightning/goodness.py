@@ -143,7 +143,8 @@ class PooledHead(nn.Module):
     Args:
         in_channels: C, channels of the block's features.
         num_classes: K.
-        regions: Along each side of the map.
+        regions: Along each side of the map. None: 4, or 2 for more than 100 classes: their kernels would else outweigh
+            the network itself.
         width: Channels of the layer. None: as many as the block has, 128 at most.
         kernel_size: Of the layer, in regions: 1 or 3.
         size: H x W of the features; where that is less than `regions`, there are fewer. None: it is not less.
@@ -158,12 +159,13 @@ class PooledHead(nn.Module):
         self,
         in_channels: int,
         num_classes: int,
-        regions: int = 4,
+        regions: int | None = None,
         width: int | None = None,
         kernel_size: int = 1,
         size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        regions = regions if regions is not None else 4 if num_classes <= 100 else 2
         if regions < 1 or kernel_size not in (1, 3) or (width is not None and width < 1):
             raise ValueError(
                 f"regions={regions}, width={width}, kernel_size={kernel_size} of the pooled head: must be >= 1, >= 1, "

@@ -59,6 +59,12 @@ def test_a_pooled_head_has_no_more_regions_than_the_map_has_positions(size, kern
     assert head(torch.randn(2, 3, 8, 8)).shape == (2, 5), "also for images of another size"
 
 
+def test_kernels_of_many_classes_are_smaller():
+    few, many = (PooledHead(8, classes).classes.weight for classes in (100, 101))
+    assert few.shape == (100, 8, 4, 4)
+    assert many.shape == (101, 8, 2, 2)
+
+
 def test_a_pooled_head_tells_regions_apart():
     head = PooledHead(1, 2, regions=2, width=4).eval()
     corner = torch.zeros(2, 1, 4, 4)
