@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+import yaml
 
 from ff_lightning import results
 from ff_lightning.cli import main as ff_lightning
@@ -28,6 +29,21 @@ def test_recipes_are_run_once_and_tabulated(tmp_path, capsys):
     written = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
     results.main(arguments)
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == written, "no run is repeated"
+
+
+RECIPES = {path.name for path in (ROOT / "configs/sff").iterdir()} & {
+    path.name for path in (ROOT / "configs/backprop").iterdir()
+}
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_configs_of_a_recipe_differ_only_in_the_model(name):
+    sff, backprop = (ROOT / "configs" / method / name for method in results.METHODS)
+    sff, backprop = (yaml.safe_load(path.read_text()) for path in (sff, backprop))
+    for settings in (sff, backprop):
+        model = settings.pop("model")["init_args"]
+        settings["backbone"] = model["backbone"], model.get("stem")
+    assert sff == backprop
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path):

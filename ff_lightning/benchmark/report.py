@@ -92,5 +92,5 @@ def plot(runs: Sequence[Run], path: Path) -> None:
                 share = [i / len(result.history) for i in range(len(result.history))]
                 axis.plot(share, [size / MB for size in result.history], label=result.name, linewidth=1)
         axis.set(title=_title(settings), xlabel="operations of a step, as a share", ylabel="MB of tensors")
-        axis.legend()
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
