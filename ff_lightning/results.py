@@ -25,10 +25,10 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit("--plot needs matplotlib: pip install 'ff-lightning[plot]'")
     for name in arguments.recipes:
         for seed in arguments.seeds:
-            for method in METHODS:
+            for method in arguments.methods:
                 config = arguments.configs / method / f"{name}.yaml"
                 if not config.is_file():
-                    sys.exit(f"{config} does not exist: recipes are the configs of the same name of {METHODS}")
+                    sys.exit(f"{config} does not exist: a recipe is a config of the same name for each of {METHODS}")
                 run(config, arguments.runs / name / f"{method}-{seed}", seed, of_fit, arguments.stage)
     print(table(arguments.runs, arguments.stage))
     if arguments.plot:
@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="name of a pair of configs; none: only the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: both")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="default: %(default)s")
     parser.add_argument(
