@@ -175,7 +175,8 @@ class PooledHead(nn.Module):
         self.regions = min(regions, rows), min(regions, columns)
         width = width or min(in_channels, 128)
         self.features = nn.Sequential(*_convolution(in_channels, width, kernel_size))
-        self.classes = nn.Conv2d(width, num_classes, self.regions)
+        # a kernel that covers the whole map is a linear layer, which costs a fraction of the convolution on a CPU
+        self.classes = nn.Linear(width * self.regions[0] * self.regions[1], num_classes)
 
     def forward(self, features: Tensor | Normed) -> Tensor:
         """Goodness of each class.
@@ -186,8 +187,8 @@ class PooledHead(nn.Module):
         Returns:
             (B, K), float32.
         """
-        activity: Tensor = self.classes(self.features(fused.pooled(features, self.regions)))
-        return activity.flatten(1).float()
+        activity: Tensor = self.classes(self.features(fused.pooled(features, self.regions)).flatten(1))
+        return activity.float()
 
 
 def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:

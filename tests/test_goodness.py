@@ -54,15 +54,15 @@ def test_a_head_takes_maps_of_any_size(size, depth):
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_a_pooled_head_has_no_more_regions_than_the_map_has_positions(size, kernel):
     head = make_head(partial(PooledHead, kernel_size=kernel), (3, *size), 5)
-    assert head.classes.weight.shape == (5, 3, min(4, size[0]), min(4, size[1]))
+    assert head.classes.weight.shape == (5, 3 * min(4, size[0]) * min(4, size[1]))
     assert head(torch.randn(2, 3, *size)).shape == (2, 5)
     assert head(torch.randn(2, 3, 8, 8)).shape == (2, 5), "also for images of another size"
 
 
 def test_kernels_of_many_classes_are_smaller():
     few, many = (PooledHead(8, classes).classes.weight for classes in (100, 101))
-    assert few.shape == (100, 8, 4, 4)
-    assert many.shape == (101, 8, 2, 2)
+    assert few.shape == (100, 8 * 4 * 4)
+    assert many.shape == (101, 8 * 2 * 2)
 
 
 def test_a_pooled_head_tells_regions_apart():
