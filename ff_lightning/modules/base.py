@@ -207,8 +207,17 @@ class LocalLearner(Reporting):
     def _is_last_of_window(self, batch_idx: int) -> bool:
         return (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
 
+    @property
+    def _is_in_window(self) -> bool:
+        """Whether gradients wait for further batches of an accumulation."""
+        window = max(self.accumulate, self.trainer.accumulate_grad_batches)
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return batches % window != 0 and not self.trainer.is_last_batch
+
     def on_validation_model_zero_grad(self) -> None:
-        """Nothing: after a step there are no gradients, and those of an open window of accumulation are to stay."""
+        """Clear the gradients before a validation, unless an accumulation still needs them."""
+        if not self._is_in_window:
+            super().on_validation_model_zero_grad()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients of each block by themselves; mixed precision has unscaled them by now."""
@@ -317,9 +326,7 @@ class LocalLearner(Reporting):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `resume` says."""
         trainer = self.trainer
-        window = max(self.accumulate, trainer.accumulate_grad_batches)
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        in_window = trainer.state.fn == TrainerFn.FITTING and batches % window != 0 and not trainer.is_last_batch
+        in_window = trainer.state.fn == TrainerFn.FITTING and self._is_in_window
         if trainer.is_last_batch:  # the next one is the first of an epoch
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         checkpoint["ff_lightning"] = {
