@@ -45,8 +45,7 @@ def block_cuts(features: Features) -> list[int]:
 def stage_cuts(features: Features) -> list[int]:
     """The block cuts at which the resolution of the maps changes."""
     cuts = block_cuts(features)
-    areas = [features.area(end) for end in [*cuts, len(features.ops)]]
-    return [cut for cut, before, after in zip(cuts, areas[:-1], areas[1:], strict=True) if before != after]
+    return _changes(cuts, [features.area(end) for end in [*cuts, len(features.ops)]])
 
 
 def _resolution_cuts(features: Features) -> list[int]:
@@ -55,11 +54,14 @@ def _resolution_cuts(features: Features) -> list[int]:
     What counts is the resolution at which a layer works: a pooling behind it belongs to it.
     """
     cuts = sorted(set(layer_cuts(features)) & set(_narrow(features)))
-    borders = [0, *cuts, len(features.ops)]
-    last_layers = [max(i for i in _layers(features.ops) if i < end) for end in borders[1:]]
-    areas = [features.area(i + 1) for i in last_layers]
-    changes = [cut for cut, before, after in zip(cuts, areas[:-1], areas[1:], strict=True) if before != after]
-    return changes or cuts
+    layers = _layers(features.ops)
+    last_layers = [max(i for i in layers if i < end) for end in [*cuts, len(features.ops)]]
+    return _changes(cuts, [features.area(i + 1) for i in last_layers]) or cuts
+
+
+def _changes(cuts: Sequence[int], areas: Sequence[int]) -> list[int]:
+    """The cuts between two units of different areas; one more area than cuts."""
+    return [cut for cut, (before, after) in zip(cuts, pairwise(areas), strict=True) if before != after]
 
 
 def balanced_cuts(cuts: Sequence[int], costs: Sequence[int], count: int) -> list[int]:
