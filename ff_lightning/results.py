@@ -89,15 +89,15 @@ def table(runs: Path, stage: str) -> str:
     lines = ["| recipe | seeds | SFF | backprop | difference |", "| --- | --- | --- | --- | --- |"]
     for folder in sorted(path for path in runs.glob("*") if path.is_dir()):
         sff, backprop = (collect(runs, folder.name, method, stage).get("acc", []) for method in METHODS)
-        if sff and backprop:
+        if sff or backprop:
             seeds = f"{len(sff)}" if len(sff) == len(backprop) else f"{len(sff)}, {len(backprop)}"
-            difference = f"{mean(sff) - mean(backprop):+.2f}"
+            difference = f"{mean(sff) - mean(backprop):+.2f}" if sff and backprop else "-"
             lines.append(f"| `{folder.name}` | {seeds} | {_spread(sff)} | {_spread(backprop)} | {difference} |")
     return "\n".join(lines)
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}" if values else "-"
 
 
 def plot(runs: Path, stage: str, path: Path) -> None:
