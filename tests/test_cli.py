@@ -111,14 +111,14 @@ def test_resume_on_the_command_line_ends_in_the_same_weights(tmp_path, monkeypat
 
 def test_a_checkpoint_brings_its_model_but_does_not_overrule_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(*DIGITS, "--model", "SFF", "--model.granularity", "stage", "--model.vote", "last", "--model.lr", "0.01")
+    run(*DIGITS, "--model", "SFF", "--model.granularity", "layer", "--model.vote", "last", "--model.lr", "0.01")
     path = checkpoint(".")
     printed = run("test", "--ckpt_path", path, *QUICK[:8])
-    assert "block2" in printed, "the test ran the stages of the checkpoint"
+    assert "block2.3" in printed, "the test ran the layers of the checkpoint"
     run("fit", *QUICK[:8], "--ckpt_path", path, "--model.lr", "0.02", "--trainer.default_root_dir", "again")
     (settings,) = Path("again").rglob("config.yaml")
     model = yaml.safe_load(settings.read_text())["model"]["init_args"]
-    assert (model["granularity"], model["vote"], model["lr"]) == ("stage", "last", 0.02)
+    assert (model["granularity"], model["vote"], model["lr"]) == ("layer", "last", 0.02)
 
 
 def test_optimizer_and_head_from_the_command_line(tmp_path, monkeypatch):
