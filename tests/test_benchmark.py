@@ -50,8 +50,10 @@ def test_spread_is_half_the_distance_between_the_quartiles():
     assert Result("", [1.0, 2.0, 3.0]).spread == 0.5
 
 
+@pytest.mark.slow
 def test_the_command_reports_every_variant(tmp_path, capsys):
-    arguments = ["--backbone", "cnn", "--stem", "standard", "--batch", "4", "--input-size", "16", "--repetitions", "1"]
+    arguments = ["--backbone", "cnn", "--stem", "standard", "--batch", "4", "--input-size", "16", "--repetitions", "1",
+                 "--steps", "1"]  # fmt: skip
     main([*arguments, "--granularity", "block", "--classes", "5", "--json", str(tmp_path / "figures.json")])
     (run,) = json.loads((tmp_path / "figures.json").read_text())
     assert [row["name"] for row in run["results"]] == ["backprop", "checkpointing", "accumulation", "sff block"]
@@ -63,9 +65,10 @@ def test_the_command_reports_every_variant(tmp_path, capsys):
     assert "5 classes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_variant_that_cannot_run_is_skipped_with_its_reason(capsys):
     main(["--backbone", "cnn", "--stem", "standard", "--batch", "4", "--input-size", "16", "--repetitions", "1",
-          "--granularity", "99", "--what", "inference"])  # fmt: skip
+          "--steps", "1", "--granularity", "99", "--what", "inference"])  # fmt: skip
     assert "vote 99: skipped, ValueError: granularity=99" in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ from ff_lightning.cli import main
 from tests.test_data import write_cifar
 
 ROOT = Path(__file__).parents[1]
-FAST = ("digits_cnn", "folder_resnet18")
+FAST = ("digits_cnn",)
 CONFIGS = [
     pytest.param(path.relative_to(ROOT), marks=[] if path.stem in FAST else pytest.mark.slow)
     for path in sorted((ROOT / "configs").glob("*/*.yaml"))

@@ -66,6 +66,7 @@ def wait_for_checkpoint(folder, seconds=120):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     process = torchrun(tmp_path)
     output = process.communicate(timeout=200)[0]

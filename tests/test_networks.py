@@ -49,7 +49,6 @@ FAST = (
     "mobilenet_v3_small",
     "efficientnet_b0",
     "shufflenet_v2_x1_0",
-    "swin_t",
     "timm/vit_tiny_patch16_224",
 )
 

@@ -49,3 +49,13 @@ def test_the_configs_of_a_recipe_differ_only_in_the_model(name):
 def test_a_recipe_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"sff/nothing.yaml does not exist"):
         results.main(["nothing", "--configs", str(tmp_path), "--runs", str(tmp_path)])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/sff").glob("*_layer.yaml")), ids=lambda path: path.stem)
+def test_a_layer_wise_config_differs_only_in_the_granularity(path):
+    layer, block = (
+        yaml.safe_load(of.read_text()) for of in (path, path.with_stem(path.stem.removesuffix("_layer")))
+    )
+    assert layer["model"]["init_args"].pop("granularity") == "layer"
+    assert block["model"]["init_args"].pop("granularity", "block") == "block"
+    assert layer == block

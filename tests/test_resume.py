@@ -93,7 +93,7 @@ class SaveEverywhere(Callback):
         pytest.param(SFF, "manual", "constant", marks=pytest.mark.slow),
         pytest.param(SFF, "automatic", "onecycle", marks=pytest.mark.slow),
         pytest.param(Backprop, "manual", "onecycle", marks=pytest.mark.slow),
-        (Backprop, "automatic", "constant"),
+        pytest.param(Backprop, "automatic", "constant", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_written_anywhere_leads_to_the_same_weights(
@@ -122,7 +122,7 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("optimization", ["manual", "automatic"])
+@pytest.mark.parametrize("optimization", ["manual", pytest.param("automatic", marks=pytest.mark.slow)])
 def test_interrupted_in_the_middle_of_an_accumulation(optimization, make_trainer, tmp_path):
     manual = optimization == "manual"
     settings = {} if manual else {"accumulate_grad_batches": 3}
@@ -140,7 +140,7 @@ def test_interrupted_in_the_middle_of_an_accumulation(optimization, make_trainer
         assert_same(whole, model)
 
 
-@pytest.mark.parametrize("optimization", ["manual", "automatic"])
+@pytest.mark.parametrize("optimization", ["manual", pytest.param("automatic", marks=pytest.mark.slow)])
 def test_a_validation_in_the_middle_of_an_accumulation_changes_nothing(optimization, make_trainer, tmp_path):
     manual = optimization == "manual"
     settings = {} if manual else {"accumulate_grad_batches": 3}

@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> None:
             "inference": ["model", *(f"vote {cut}" for cut in arguments.granularity)],
             "trainer": ["loop", "trainer"],
         }[arguments.what]
-        runs.append((settings, measure(settings, names, arguments.compile, arguments.repetitions)))
+        runs.append((settings, measure(settings, names, arguments.compile, arguments.repetitions, arguments.steps)))
         images = settings.batch * (settings.epoch_batches if arguments.what == "trainer" else 1)
         print_table(runs[-1], images, console)
     if arguments.json:
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--channels-last", action="store_true", help="order of maps and weights in memory")
     add("--compile", action="store_true", help="each variant also with torch.compile: whole networks, or each block")
     add("--micro-batches", type=int, default=4, help="of the variant that accumulates gradients")
+    add("--steps", type=int, default=4, help="counted steps of a turn; an epoch, for --what trainer, is one step")
     add("--epoch-batches", type=int, default=20, help="steps of an epoch, for --what trainer")
     add("--repetitions", type=int, default=7, help="turns of each variant")
     add("--json", type=Path, metavar="FILE", help="write all figures")

@@ -57,7 +57,7 @@ class Result:
     """What was measured of a variant."""
 
     name: str
-    seconds: list[float]
+    seconds: list[float]  # of a step, the mean of each turn
     operations: int = 0  # floating-point operations of a step, as `FlopCounterMode` counts them
     saved_peak: int = 0  # bytes kept for backward, at most
     tensor_peak: int = 0  # bytes of all tensors of a step alive, at most
@@ -81,27 +81,31 @@ class Result:
         return (high - low) / 2 / self.median
 
 
-def measure(settings: Settings, names: list[str], compiled: bool, repetitions: int) -> list[Result]:
+def measure(settings: Settings, names: list[str], compiled: bool, repetitions: int, steps: int) -> list[Result]:
     """Measure variants: all are started, each in its own process, then take turns A B A B.
+
+    A turn begins with a step that is not counted: after the turns of the others, caches and threads are cold, as they
+    are only once in a training run.
 
     Args:
         settings: What they share.
         names: See `variants.build`.
         compiled: Whether each is measured with `torch.compile` as well.
         repetitions: Turns of each.
+        steps: Steps of a turn that are counted.
     """
     context = multiprocessing.get_context("spawn")
     workers = []
     for name, compile_it in [(name, False) for name in names] + [(name, True) for name in names if compiled]:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, settings, name, compile_it), daemon=True)
+        process = context.Process(target=_work, args=(theirs, settings, name, compile_it, steps), daemon=True)
         process.start()
         result = ours.recv()  # one after the other: none is disturbed while it counts
         workers.append((ours, process, result))
     running = [worker for worker in workers if not worker[2].skipped]
     for turn in range(repetitions + 1):
         for ours, _, result in running:
-            ours.send("step")
+            ours.send("turn")
             seconds = ours.recv()
             if turn:  # the first warms up
                 result.seconds.append(seconds)
@@ -112,8 +116,8 @@ def measure(settings: Settings, names: list[str], compiled: bool, repetitions: i
     return [result for _, _, result in workers]
 
 
-def _work(pipe: Connection, settings: Settings, name: str, compile_it: bool) -> None:
-    """What the process of a variant does: build, count, then a step whenever it is told to."""
+def _work(pipe: Connection, settings: Settings, name: str, compile_it: bool, steps: int) -> None:
+    """What the process of a variant does: build, count, then a turn whenever it is told to."""
     label = f"{name} compiled" if compile_it else name
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  progress bars and warnings of many processes
     try:
@@ -130,12 +134,18 @@ def _work(pipe: Connection, settings: Settings, name: str, compile_it: bool) -> 
         pipe.send(Result(label, [], skipped=f"{type(error).__name__}: {reason[0] if reason else ''}"))
         return
     pipe.send(result)
-    while pipe.recv() == "step":
-        start = time.perf_counter()
-        variant.step()
-        _wait(settings)
-        pipe.send(variant.seconds() if variant.seconds else time.perf_counter() - start)
+    while pipe.recv() == "turn":
+        _seconds_of_step(variant, settings)
+        pipe.send(statistics.mean(_seconds_of_step(variant, settings) for _ in range(steps)))
     pipe.send(_peak(settings) - before)
+
+
+def _seconds_of_step(variant: Variant, settings: Settings) -> float:
+    start = time.perf_counter()
+    variant.step()
+    if settings.device != "cpu":
+        torch.cuda.synchronize()
+    return variant.seconds() if variant.seconds else time.perf_counter() - start
 
 
 def _count(variant: Variant, result: Result) -> None:
@@ -153,11 +163,6 @@ def _count(variant: Variant, result: Result) -> None:
     result.gradients = max(sum(p.nbytes for g in o.param_groups for p in g["params"]) for o in variant.optimizers)
     states = [value for o in variant.optimizers for of_one in o.state.values() for value in of_one.values()]
     result.optimizer = sum(value.nbytes for value in states if isinstance(value, Tensor))
-
-
-def _wait(settings: Settings) -> None:
-    if settings.device != "cpu":
-        torch.cuda.synchronize()
 
 
 def _memory(settings: Settings) -> int:
