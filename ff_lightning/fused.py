@@ -1,13 +1,10 @@
-"""Layer norm, pooling and class goodness that keep only the output of the block itself for backward.
-
-A layer norm and what follows it keep two maps: their inputs. Both can be computed again from the block's output, which
-the block's own last operation mostly keeps anyway, and two numbers per image. So that is what is kept here.
+"""Layer norm, pooling and class goodness that are quick on the CPU and keep little for backward.
 
 Shapes: B batch, C channels, N = H x W positions, K classes.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +14,6 @@ from torch.nn import functional as F
 EPS = 1e-5  # of `torch.nn.functional.layer_norm`
 
 
-class Normed(NamedTuple):
-    """The output of a block, and its layer norm over all features of an image."""
-
-    raw: Tensor  # (B, C, H, W), with the graph of the block
-    value: Tensor  # (B, C, H, W), the layer norm of it, without a graph
-    mean: Tensor  # (B, 1, 1, 1), float32 or float64
-    rstd: Tensor  # (B, 1, 1, 1), one over the standard deviation
-
-    def view_as(self, to_map: Callable[[Tensor], Tensor]) -> "Normed":
-        """The same, with another view of both tensors."""
-        return Normed(to_map(self.raw), to_map(self.value), self.mean, self.rstd)
-
-
 def layer_norm(raw: Tensor) -> Tensor:
     """Layer norm of a block's output (B, ...) over all features of an image; keeps the order in memory."""
     there, back = _memory_order(raw)
@@ -37,21 +21,22 @@ def layer_norm(raw: Tensor) -> Tensor:
     return F.layer_norm(ordered, ordered.shape[1:], eps=EPS).permute(back)
 
 
-def layer_normed(raw: Tensor) -> Normed:
-    """The layer norm of a block's output (B, ...), for `pooled` and `class_goodness`."""
-    there, back = _memory_order(raw)
-    ordered = raw.detach().permute(there)
-    with torch.autocast(raw.device.type, enabled=False):
-        value, mean, rstd = torch.native_layer_norm(_wide(ordered), ordered.shape[1:], None, None, EPS)
-    return Normed(raw, value.permute(back).to(raw.dtype), mean.view(-1, 1, 1, 1), rstd.view(-1, 1, 1, 1))
+def pooled(features: Tensor, regions: tuple[int, int]) -> Tensor:
+    """Mean over regions, as `adaptive_avg_pool2d` draws them: (B, C, H, W) -> (B, C, *regions).
+
+    On the CPU as a matrix product, where regions are of one size: half the time, or a third with the backward.
+    """
+    exact = features.dtype in (torch.float32, torch.float64)
+    divisible = features.shape[2] % regions[0] == 0 and features.shape[3] % regions[1] == 0
+    if features.device.type != "cpu" or not (exact and divisible and features.is_contiguous()):
+        return F.adaptive_avg_pool2d(features, regions)
+    lines, width = features.shape[2] // regions[0], features.shape[3] // regions[1]
+    mean = torch.full((width, 1), 1 / (lines * width), dtype=features.dtype)
+    averages = torch.block_diag(*[mean] * regions[1]).repeat(lines, 1)  # (lines of a region times W, regions in a line)
+    return features.reshape(*features.shape[:2], regions[0], -1) @ averages
 
 
-def pooled(features: Tensor | Normed, regions: tuple[int, int]) -> Tensor:
-    """Mean over regions, as `adaptive_avg_pool2d` draws them: (B, C, H, W) -> (B, C, *regions)."""
-    return _Pooled.apply(*features, regions) if isinstance(features, Normed) else _pool(features, regions)
-
-
-def class_goodness(features: Tensor | Normed, weight: Tensor, bias: Tensor) -> Tensor:
+def class_goodness(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Goodness of each class, by the cheaper one of two ways, computed again in backward instead of kept.
 
     By definition ``g_k = mean_n (w_k . x_n + b_k)^2``: K C N products. Multiplied out,
@@ -66,62 +51,9 @@ def class_goodness(features: Tensor | Normed, weight: Tensor, bias: Tensor) -> T
     Returns:
         (B, K), float32, or float64 for features of float64.
     """
-    if isinstance(features, Normed):
-        return _NormedGoodness.apply(*features, weight, bias)
     if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad or bias.requires_grad):
         return _ClassGoodness.apply(features, weight, bias)
     return _goodness(features.flatten(2), weight, bias)
-
-
-class _Pooled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, raw: Tensor, value: Tensor, mean: Tensor, rstd: Tensor, regions: tuple[int, int]) -> Tensor:
-        result = _pool(value, regions)
-        ctx.save_for_backward(raw, mean, rstd, result)  # the result is an input of what follows: kept there anyway
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arriving: Tensor) -> tuple[Any, ...]:
-        raw, mean, rstd, result = ctx.saved_tensors
-        wide, arriving = _wide(raw), _wide(arriving)
-        # d raw = rstd (d - mean(d) - n mean(d n)) for n = rstd (raw - mean); the two means over an image are those of
-        # the pooled maps, so that all of it is one number per image times raw, and one per window
-        count = raw[0].numel()
-        slope = -(rstd**2) * (arriving * result).sum((1, 2, 3), keepdim=True) / count
-        offset = -rstd * arriving.sum((1, 2, 3), keepdim=True) / count - slope * mean
-        gradient = _add_pool_backward(torch.addcmul(offset, wide, slope), arriving * rstd)
-        return gradient.to(raw.dtype), None, None, None, None
-
-
-def _pool(x: Tensor, regions: tuple[int, int]) -> Tensor:
-    """`adaptive_avg_pool2d`; on the CPU as a matrix product: half its time, or a third with the backward."""
-    if not _pools_by_product(x, regions):
-        return F.adaptive_avg_pool2d(x, regions)
-    rows = x.reshape(*x.shape[:2], regions[0], -1)  # the lines of a region, one behind the other
-    return rows @ _averages(x, regions)
-
-
-def _add_pool_backward(gradient: Tensor, arriving: Tensor) -> Tensor:
-    regions = (arriving.shape[2], arriving.shape[3])
-    if not _pools_by_product(gradient, regions):
-        return gradient.add_(torch.ops.aten._adaptive_avg_pool2d_backward(arriving, gradient))
-    averages = _averages(gradient, regions)
-    gradient.view(-1, len(averages)).addmm_(arriving.reshape(-1, regions[1]), averages.T)
-    return gradient
-
-
-def _pools_by_product(x: Tensor, regions: tuple[int, int]) -> bool:
-    exact = x.dtype in (torch.float32, torch.float64)
-    divisible = x.shape[2] % regions[0] == 0 and x.shape[3] % regions[1] == 0
-    return x.device.type == "cpu" and exact and x.is_contiguous() and divisible
-
-
-def _averages(x: Tensor, regions: tuple[int, int]) -> Tensor:
-    """The matrix (lines of a region times W, regions in a line) that takes the mean over each region."""
-    lines, width = x.shape[2] // regions[0], x.shape[3] // regions[1]
-    mean = torch.full((width, 1), 1 / (lines * width), dtype=x.dtype)
-    return torch.block_diag(*[mean] * regions[1]).repeat(lines, 1)
 
 
 class _ClassGoodness(torch.autograd.Function):
@@ -136,30 +68,6 @@ class _ClassGoodness(torch.autograd.Function):
     def backward(ctx: Any, arriving: Tensor) -> tuple[Any, ...]:
         features, weight, bias = ctx.saved_tensors
         return _goodness_backward(arriving, features, weight, bias, ctx.dtype)
-
-
-class _NormedGoodness(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, raw: Tensor, value: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-    ) -> Tensor:
-        ctx.dtype = _working_dtype(value)
-        ctx.save_for_backward(raw, mean, rstd, weight, bias)
-        return _goodness_in_chunks(value, weight, bias, ctx.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, arriving: Tensor) -> tuple[Any, ...]:
-        raw, mean, rstd, weight, bias = ctx.saved_tensors
-        wide = _wide(raw)
-        value = torch.addcmul(-mean * rstd, wide, rstd).to(raw.dtype)
-        by_value, by_weight, by_bias = _goodness_backward(arriving, value, weight, bias, ctx.dtype)
-        there, back = _memory_order(wide)
-        by_value, ordered = _wide(by_value).permute(there), wide.permute(there)
-        by_raw, _, _ = torch.ops.aten.native_layer_norm_backward(
-            by_value, ordered, ordered.shape[1:], mean, rstd, None, None, [True, False, False]
-        )
-        return by_raw.permute(back).to(raw.dtype), None, None, None, by_weight, by_bias
 
 
 def _memory_order(x: Tensor) -> tuple[list[int], list[int]]:

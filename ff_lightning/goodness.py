@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ff_lightning import fused
-from ff_lightning.fused import Normed
 
 
 def squared_goodness(activity: Tensor) -> Tensor:
@@ -110,33 +109,25 @@ class GoodnessHead(nn.Module):
         else:
             self.register_buffer("log_temperature", log_temperature)
 
-    @property
-    def takes_normed(self) -> bool:
-        """Whether it works on the output of a block before its layer norm, and keeps nothing but that for backward."""
-        return not self.features and self.classes.kernel_size == (1, 1)
-
-    def forward(self, features: Tensor | Normed) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """Goodness of each class.
 
         Args:
-            features: (B, C, H, W); `Normed` where the head `takes_normed`.
+            features: (B, C, H, W), any floating dtype.
 
         Returns:
             (B, K), float32.
         """
-        if isinstance(features, Normed):
-            bias = cast(Tensor, self.classes.bias)
-            goodness = fused.class_goodness(features, self.classes.weight.flatten(1), bias)
-        else:
-            goodness = class_goodness(self.features(features), self.classes.weight, self.classes.bias)
+        goodness = class_goodness(self.features(features), self.classes.weight, self.classes.bias)
         return goodness * torch.exp(-self.log_temperature)
 
 
 class PooledHead(nn.Module):
     """A head that costs next to nothing: class kernels that cover a whole map, after it was averaged over regions.
 
-    The features are averaged over ``regions x regions`` parts of the map, pass one narrow layer (convolution, batch
-    norm, ReLU), and a kernel for each class weighs every channel in every region. The goodness of a class is the
+    The features are averaged over ``regions x regions`` parts of the map and normalised over all features of an image;
+    they pass one narrow layer (convolution, batch norm, ReLU), and a kernel for each class weighs every channel in
+    every region. The goodness of a class is the
     activity of its kernel, which has one position, so that there is nothing to average; it is not squared: evidence
     against a class counts as well.
 
@@ -152,8 +143,6 @@ class PooledHead(nn.Module):
     Raises:
         ValueError: If an argument is out of its range.
     """
-
-    takes_normed = True  # it works on the output of a block before its layer norm, and keeps that alone for backward
 
     def __init__(
         self,
@@ -178,7 +167,7 @@ class PooledHead(nn.Module):
         # a kernel that covers the whole map is a linear layer, which costs a fraction of the convolution on a CPU
         self.classes = nn.Linear(width * self.regions[0] * self.regions[1], num_classes)
 
-    def forward(self, features: Tensor | Normed) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """Goodness of each class.
 
         Args:
@@ -187,14 +176,23 @@ class PooledHead(nn.Module):
         Returns:
             (B, K), float32.
         """
-        activity: Tensor = self.classes(self.features(fused.pooled(features, self.regions)).flatten(1))
+        pooled = fused.pooled(features, self.regions)
+        activity: Tensor = self.classes(self.features(F.layer_norm(pooled, pooled.shape[1:])).flatten(1))
         return activity.float()
 
 
 def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
     padding = kernel_size // 2
-    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+    kind = _Pointwise if kernel_size == 1 else nn.Conv2d
+    convolution = kind(in_channels, out_channels, kernel_size, stride, padding, bias=False)
     return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU()]
+
+
+class _Pointwise(nn.Conv2d):
+    """A 1x1 convolution of a small map as one matrix product: two thirds of its time on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.movedim(1, -1), self.weight.flatten(1)).movedim(-1, 1)
 
 
 HeadFactory = Callable[[int, int], nn.Module]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ff_lightning.fused import Normed, layer_norm, layer_normed
-from ff_lightning.goodness import HEADS, GoodnessHead, HeadFactory, PooledHead, make_head
+from ff_lightning.fused import layer_norm
+from ff_lightning.goodness import HEADS, HeadFactory, make_head
 from ff_lightning.inference import VOTES
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.partition import Block, Granularity, State, partition
@@ -36,9 +36,9 @@ class LocalNet(nn.Module):
         granularity: Where to cut; see `ff_lightning.partition`.
         head: ``"pooled"``, ``"deep"``, ``"paper"`` (see `PooledHead` and `GoodnessHead`), or a function (channels, K)
             -> module from (B, C, H, W) to goodness (B, K); a parameter `size` of it is given (H, W).
-        norm: What the next block and the head see of a block's output: normalised over all features of an image
-            (``"layer"``), over the channels of each position (``"channel"``), divided by its root mean square
-            (``"length"``), or as it is (``"none"``).
+        norm: What the next block sees of a block's output: normalised over all features of an image (``"layer"``),
+            over the channels of each position (``"channel"``), divided by its root mean square (``"length"``), or as
+            it is (``"none"``). The head sees it as it is.
         vote: How the blocks decide together: ``"mean"`` of goodness, ``"last"`` block, mean ``"log_softmax"``.
         input_shape: (C, H, W) of an image.
         loss: Module from goodness (B, K) and classes (B,) to a scalar. None: `LogSumExpLoss`.
@@ -207,26 +207,20 @@ class LocalNet(nn.Module):
         """Whether the operations inside are recorded: only for a block that is trained."""
         return torch.set_grad_enabled(torch.is_grad_enabled() and k in self.trained)
 
-    def _run(self, k: int, block: Block, state: State, for_head: bool) -> tuple[State, Tensor | Normed]:
-        """Run a block: what the next one may see of it, and its features with their graph."""
+    def _run(self, k: int, block: Block, state: State, for_head: bool) -> tuple[State, Tensor]:
+        """Run a block: what the next one may see of it, and its output with its graph, normalised but for a head."""
         try:
             out = block(state)
         except ValueError as error:
             raise ValueError(f"block {k} ({block.name}), batch of {len(main_output(state))}: {error}") from error
         rest = out[1:] if isinstance(out, tuple) else ()
-        features: Tensor | Normed
-        if for_head and main_output(out).requires_grad and self._head_takes_normed(k):
-            normed = layer_normed(main_output(out))
-            outside, features = normed.value, normed.view_as(block.to_map)
+        main = main_output(out)
+        if for_head:
+            features, outside = main, normalise(main.detach(), self.norm, block.channel_dim)
         else:
-            normalised = normalise(main_output(out), self.norm, block.channel_dim)
-            outside, features = normalised.detach(), block.to_map(normalised)
-        return (outside, *map(_detach, rest)) if rest else outside, features
-
-    def _head_takes_normed(self, k: int) -> bool:
-        """Whether the head of block k works on the output before the layer norm; a class derived from it may not."""
-        head = self.heads[k]
-        return self.norm == "layer" and type(head) in (GoodnessHead, PooledHead) and bool(head.takes_normed)
+            features = normalise(main, self.norm, block.channel_dim)
+            outside = features.detach()
+        return (outside, *map(_detach, rest)) if rest else outside, block.to_map(features)
 
     def local_losses(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
         """The local loss of one block after the other, each with a graph of its own.

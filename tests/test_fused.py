@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ff_lightning import LocalNet
-from ff_lightning.fused import class_goodness, layer_normed, pooled
+from ff_lightning.fused import class_goodness, layer_norm, pooled
 from ff_lightning.goodness import GoodnessHead, PooledHead
 from ff_lightning.memory import saved_for_backward
 from tests.conftest import Residual, small_net
@@ -40,23 +40,14 @@ def error(result, exact):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_goodness_and_its_gradients_equal_the_naive_ones(shape, normed, channels_last):
+def test_goodness_and_its_gradients_equal_the_naive_ones(shape, channels_last):
     inputs = tensors(shape)
     if channels_last:
         inputs[0] = inputs[0].contiguous(memory_format=torch.channels_last)
     arriving = torch.randn(5, shape[0])
-
-    def ours(h, w, b):
-        return class_goodness(layer_normed(h) if normed else h, w, b)
-
-    def theirs(h, w, b):
-        return naive(F.layer_norm(h, h.shape[1:]) if normed else h, w, b)
-
-    for got, wanted in zip(
-        with_gradients(ours, inputs, arriving), with_gradients(theirs, inputs, arriving), strict=True
-    ):
+    ours, theirs = (with_gradients(function, inputs, arriving) for function in (class_goodness, naive))
+    for got, wanted in zip(ours, theirs, strict=True):
         assert error(got, wanted.double()) < 1e-5
 
 
@@ -65,8 +56,6 @@ def test_gradients_in_float64(shape):
     inputs = [x.requires_grad_() for x in tensors(shape, torch.float64, batch=2)]
     inputs[0] = torch.randn_like(inputs[0]).requires_grad_()
     assert torch.autograd.gradcheck(class_goodness, inputs)
-    assert torch.autograd.gradcheck(lambda h, w, b: class_goodness(layer_normed(h), w, b), inputs)
-    assert torch.autograd.gradcheck(lambda h: pooled(layer_normed(h), (2, 2)), inputs[:1])
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -90,30 +79,33 @@ def test_bfloat16_is_no_worse_than_the_naive_way(shape, autocast):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("size", "regions"), [((8, 8), (4, 4)), ((7, 5), (4, 4)), ((1, 6), (1, 3)), ((8, 12), (2, 4))])
-def test_pooling_equals_layer_norm_and_pooling(size, regions, channels_last):
+def test_pooling_equals_that_of_pytorch(size, regions, channels_last):
     h = torch.randn(5, 6, *size) + 1
     if channels_last:
         h = h.contiguous(memory_format=torch.channels_last)
-
-    def naive_pooled(h):
-        return F.adaptive_avg_pool2d(F.layer_norm(h, h.shape[1:]), regions)
-
-    arriving = torch.randn_like(naive_pooled(h))
-    ours = with_gradients(lambda h: pooled(layer_normed(h), regions), [h], arriving)
-    theirs = with_gradients(naive_pooled, [h], arriving)
+    arriving = torch.randn(5, 6, *regions)
+    ours, theirs = (
+        with_gradients(lambda h, pool=pool: pool(h, regions), [h], arriving) for pool in (pooled, F.adaptive_avg_pool2d)
+    )
     for got, wanted in zip(ours, theirs, strict=True):
         assert error(got, wanted.double()) < 1e-5
-    assert layer_normed(h).value.is_contiguous() == h.is_contiguous(), "the order in memory is kept"
 
 
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layer_norm_equals_that_of_pytorch_and_keeps_the_order_in_memory(channels_last):
+    h = torch.randn(5, 6, 7, 4)
+    if channels_last:
+        h = h.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer_norm(h), F.layer_norm(h, h.shape[1:]))
+    assert layer_norm(h).is_contiguous() == h.is_contiguous()
+
+
 @pytest.mark.parametrize("classes", [10, 300])
-def test_goodness_keeps_nothing_but_its_inputs(classes, normed):
+def test_goodness_keeps_nothing_but_its_inputs(classes):
     h, weight, bias = (x.requires_grad_() for x in tensors((classes, 8, 16, 16)))
     with saved_for_backward(left_out=[weight, bias]) as saved:
-        goodness = class_goodness(layer_normed(h) if normed else h, weight, bias)
-    per_image = 2 * 4 * len(h) if normed else 0  # mean and deviation
-    assert saved.now == h.nbytes + per_image
+        goodness = class_goodness(h, weight, bias)
+    assert saved.now == h.nbytes
     goodness.sum().backward()
 
 
@@ -142,7 +134,7 @@ def test_losses_and_gradients_equal_those_of_plain_modules(name, granularity):
 
 
 class Plain(nn.Module):
-    """A head as a custom one, made of PyTorch's own functions: it gets normalised features."""
+    """A head made of PyTorch's own functions."""
 
     def __init__(self, head):
         super().__init__()
@@ -150,7 +142,11 @@ class Plain(nn.Module):
 
     def forward(self, features):
         if isinstance(self.head, PooledHead):
-            features = self.head.features(F.adaptive_avg_pool2d(features, self.head.regions))
+            features = F.adaptive_avg_pool2d(features, self.head.regions)
+            features = F.layer_norm(features, features.shape[1:])
+            convolution, *others = self.head.features
+            features = F.conv2d(features, convolution.weight, padding=convolution.padding)
+            features = nn.Sequential(*others)(features)
             return features.flatten(1) @ self.head.classes.weight.T + self.head.classes.bias
         z = self.head.classes(self.head.features(features))
         return z.square().mean((2, 3)) * torch.exp(-self.head.log_temperature)
@@ -167,7 +163,7 @@ def test_a_block_keeps_its_own_maps_and_hardly_more(name, classes):
         for loss in net.local_losses(x, y):
             loss.backward()
     maps = 5  # input, behind conv1, behind its ReLU, behind conv2 (an input of the sum), output
-    kept_by_head = 3 / 16 if name == "pooled" else 0  # pooled, behind the convolution, behind the ReLU
+    kept_by_head = 5 / 16 if name == "pooled" else 0  # pooled, normalised, behind convolution, batch norm and ReLU
     small = 4 * classes * 8 + 2000  # scores and their softmax; statistics of norms
     assert saved.peak <= (maps + kept_by_head) * x.nbytes + small
 

@@ -53,9 +53,7 @@ def test_a_recipe_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/sff").glob("*_layer.yaml")), ids=lambda path: path.stem)
 def test_a_layer_wise_config_differs_only_in_the_granularity(path):
-    layer, block = (
-        yaml.safe_load(of.read_text()) for of in (path, path.with_stem(path.stem.removesuffix("_layer")))
-    )
+    layer, block = (yaml.safe_load(of.read_text()) for of in (path, path.with_stem(path.stem.removesuffix("_layer"))))
     assert layer["model"]["init_args"].pop("granularity") == "layer"
     assert block["model"]["init_args"].pop("granularity", "block") == "block"
     assert layer == block
