@@ -2,9 +2,10 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from ff_lightning.benchmark.__main__ import main
-from ff_lightning.benchmark.measure import Alive, Result
+from ff_lightning.benchmark.measure import Alive, Result, ratio_of_times
 from ff_lightning.benchmark.variants import Settings, build
 from ff_lightning.memory import saved_for_backward
 
@@ -50,11 +51,18 @@ def test_spread_is_half_the_distance_between_the_quartiles():
     assert Result("", [1.0, 2.0, 3.0]).spread == 0.5
 
 
+def test_a_slow_spell_of_the_machine_does_not_change_a_ratio():
+    ours, theirs = Result("", [1.0, 8.0, 1.2]), Result("", [2.0, 20.0, 2.0])
+    assert ratio_of_times(ours, theirs) == 0.5
+
+
 @pytest.mark.slow
 def test_the_command_reports_every_variant(tmp_path, capsys):
     arguments = ["--backbone", "cnn", "--stem", "standard", "--batch", "4", "--input-size", "16", "--repetitions", "1",
                  "--steps", "1"]  # fmt: skip
-    main([*arguments, "--granularity", "block", "--classes", "5", "--json", str(tmp_path / "figures.json")])
+    main([*arguments, "--granularity", "block", "--classes", "5", "--json", str(tmp_path / "figures.json"),
+          "--plot", str(tmp_path / "memory.png")])  # fmt: skip
+    assert (31, 119, 180) in Image.open(tmp_path / "memory.png").convert("RGB").getdata(), "the first curve, in blue"
     (run,) = json.loads((tmp_path / "figures.json").read_text())
     assert [row["name"] for row in run["results"]] == ["backprop", "checkpointing", "accumulation", "sff block"]
     plain, again, parts, ours = run["results"]

@@ -5,6 +5,7 @@ from statistics import mean, stdev
 
 import pytest
 import yaml
+from PIL import Image
 
 from ff_lightning import results
 from ff_lightning.cli import main as ff_lightning
@@ -27,8 +28,9 @@ def test_recipes_are_run_once_and_tabulated(tmp_path, capsys):
         seen.append(results.accuracies(tmp_path / str(seed), "test")["acc"])
     assert f"| `digits_cnn` | 2 | {mean(seen):.2f} ± {stdev(seen):.2f} |" in printed
     written = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
-    results.main(arguments)
+    results.main([*arguments, "--plot", str(tmp_path / "blocks.png")])
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == written, "no run is repeated"
+    assert (31, 119, 180) in Image.open(tmp_path / "blocks.png").convert("RGB").getdata(), "SFF, in blue"
 
 
 RECIPES = {path.name for path in (ROOT / "configs/sff").iterdir()} & {

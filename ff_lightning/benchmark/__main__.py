@@ -78,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--channels-last", action="store_true", help="order of maps and weights in memory")
     add("--compile", action="store_true", help="each variant also with torch.compile: whole networks, or each block")
     add("--micro-batches", type=int, default=4, help="of the variant that accumulates gradients")
-    add("--steps", type=int, default=4, help="counted steps of a turn; an epoch, for --what trainer, is one step")
+    add("--steps", type=int, default=2, help="counted steps of a turn; an epoch, for --what trainer, is one step")
     add("--epoch-batches", type=int, default=20, help="steps of an epoch, for --what trainer")
-    add("--repetitions", type=int, default=7, help="turns of each variant")
+    add("--repetitions", type=int, default=9, help="turns of each variant")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--plot", type=Path, metavar="FILE.png", help="draw memory over a step; needs matplotlib")
     return parser

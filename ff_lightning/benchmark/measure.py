@@ -81,6 +81,11 @@ class Result:
         return (high - low) / 2 / self.median
 
 
+def ratio_of_times(result: Result, base: Result) -> float:
+    """Median of the ratios of one turn each, so that what slows the machine for a while slows both sides of a ratio."""
+    return statistics.median(ours / theirs for ours, theirs in zip(result.seconds, base.seconds, strict=True))
+
+
 def measure(settings: Settings, names: list[str], compiled: bool, repetitions: int, steps: int) -> list[Result]:
     """Measure variants: all are started, each in its own process, then take turns A B A B.
 

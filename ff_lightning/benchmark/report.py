@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ff_lightning.benchmark.measure import Result
+from ff_lightning.benchmark.measure import Result, ratio_of_times
 from ff_lightning.benchmark.variants import Settings
 
 MB = 1e6
@@ -46,7 +46,7 @@ def print_table(run: Run, images: int, console: Console) -> None:
             f"{1e3 * result.median:.0f}",
             f"{100 * result.spread:.1f}",
             f"{images / result.median:.1f}",
-            _ratio(result.median, 0 if base.skipped else base.median),
+            "" if base.skipped else f"{ratio_of_times(result, base):.3f}",
             f"{result.saved_peak / MB:.1f}" if counted else "",
             _ratio(result.saved_peak, base.saved_peak) if counted else "",
             f"{result.tensor_peak / MB:.1f}" if counted else "",

@@ -1,4 +1,4 @@
-"""Layer norm, pooling and class goodness that are quick on the CPU and keep little for backward.
+"""Goodness of each class, by its definition or by the Gram matrix of the features; keeps only these for backward.
 
 Shapes: B batch, C channels, N = H x W positions, K classes.
 """
@@ -9,31 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
-
-EPS = 1e-5  # of `torch.nn.functional.layer_norm`
-
-
-def layer_norm(raw: Tensor) -> Tensor:
-    """Layer norm of a block's output (B, ...) over all features of an image; keeps the order in memory."""
-    there, back = _memory_order(raw)
-    ordered = raw.permute(there)
-    return F.layer_norm(ordered, ordered.shape[1:], eps=EPS).permute(back)
-
-
-def pooled(features: Tensor, regions: tuple[int, int]) -> Tensor:
-    """Mean over regions, as `adaptive_avg_pool2d` draws them: (B, C, H, W) -> (B, C, *regions).
-
-    On the CPU as a matrix product, where regions are of one size: half the time, or a third with the backward.
-    """
-    exact = features.dtype in (torch.float32, torch.float64)
-    divisible = features.shape[2] % regions[0] == 0 and features.shape[3] % regions[1] == 0
-    if features.device.type != "cpu" or not (exact and divisible and features.is_contiguous()):
-        return F.adaptive_avg_pool2d(features, regions)
-    lines, width = features.shape[2] // regions[0], features.shape[3] // regions[1]
-    mean = torch.full((width, 1), 1 / (lines * width), dtype=features.dtype)
-    averages = torch.block_diag(*[mean] * regions[1]).repeat(lines, 1)  # (lines of a region times W, regions in a line)
-    return features.reshape(*features.shape[:2], regions[0], -1) @ averages
 
 
 def class_goodness(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -68,13 +43,6 @@ class _ClassGoodness(torch.autograd.Function):
     def backward(ctx: Any, arriving: Tensor) -> tuple[Any, ...]:
         features, weight, bias = ctx.saved_tensors
         return _goodness_backward(arriving, features, weight, bias, ctx.dtype)
-
-
-def _memory_order(x: Tensor) -> tuple[list[int], list[int]]:
-    """Channels to the end where they are last in memory, and the way back: a norm over an image may take any order."""
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return [0, 2, 3, 1], [0, 3, 1, 2]
-    return [*range(x.ndim)], [*range(x.ndim)]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ff_lightning import LocalNet
-from ff_lightning.fused import class_goodness, layer_norm, pooled
-from ff_lightning.goodness import GoodnessHead, PooledHead
+from ff_lightning.goodness import GoodnessHead, PooledHead, region_means
+from ff_lightning.gram import class_goodness
 from ff_lightning.memory import saved_for_backward
+from ff_lightning.network import normalise
 from tests.conftest import Residual, small_net
 
 # (K, C, H, W): few classes and many, channels and positions; by definition and by the Gram matrix
@@ -84,9 +85,8 @@ def test_pooling_equals_that_of_pytorch(size, regions, channels_last):
     if channels_last:
         h = h.contiguous(memory_format=torch.channels_last)
     arriving = torch.randn(5, 6, *regions)
-    ours, theirs = (
-        with_gradients(lambda h, pool=pool: pool(h, regions), [h], arriving) for pool in (pooled, F.adaptive_avg_pool2d)
-    )
+    ours = with_gradients(lambda h: region_means(h, regions), [h], arriving)
+    theirs = with_gradients(lambda h: F.adaptive_avg_pool2d(h, regions), [h], arriving)
     for got, wanted in zip(ours, theirs, strict=True):
         assert error(got, wanted.double()) < 1e-5
 
@@ -96,8 +96,8 @@ def test_layer_norm_equals_that_of_pytorch_and_keeps_the_order_in_memory(channel
     h = torch.randn(5, 6, 7, 4)
     if channels_last:
         h = h.contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(layer_norm(h), F.layer_norm(h, h.shape[1:]))
-    assert layer_norm(h).is_contiguous() == h.is_contiguous()
+    torch.testing.assert_close(normalise(h, "layer", 1), F.layer_norm(h, h.shape[1:]))
+    assert normalise(h, "layer", 1).is_contiguous() == h.is_contiguous()
 
 
 @pytest.mark.parametrize("classes", [10, 300])
