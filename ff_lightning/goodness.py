@@ -184,16 +184,20 @@ class PooledHead(nn.Module):
 def region_means(features: Tensor, regions: tuple[int, int]) -> Tensor:
     """Mean over regions, as `adaptive_avg_pool2d` draws them: (B, C, H, W) -> (B, C, *regions).
 
-    On the CPU as a matrix product, where regions are of one size: half the time, or a third with the backward.
+    A map in this order of memory is pooled by one matrix product: half the time or less, on a CPU.
     """
-    exact = features.dtype in (torch.float32, torch.float64)
-    divisible = features.shape[2] % regions[0] == 0 and features.shape[3] % regions[1] == 0
-    if features.device.type != "cpu" or not (exact and divisible and features.is_contiguous()):
+    size = tuple(features.shape[2:])
+    if size == regions:
+        return features
+    if features.device.type != "cpu" or not features.is_contiguous():
         return F.adaptive_avg_pool2d(features, regions)
-    lines, width = features.shape[2] // regions[0], features.shape[3] // regions[1]
-    mean = torch.full((width, 1), 1 / (lines * width), dtype=features.dtype)
-    averages = torch.block_diag(*[mean] * regions[1]).repeat(lines, 1)  # (lines of a region times W, regions in a line)
-    return features.reshape(*features.shape[:2], regions[0], -1) @ averages
+    return (features.flatten(2) @ _shares(size, regions).to(features.dtype)).unflatten(2, regions)
+
+
+def _shares(size: Sequence[int], regions: Sequence[int]) -> Tensor:
+    """The share of each position in the mean over each region, (H W, number of regions)."""
+    rows, columns = (F.adaptive_avg_pool1d(torch.eye(side), part) for side, part in zip(size, regions, strict=True))
+    return torch.kron(rows, columns)
 
 
 def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:

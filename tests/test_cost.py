@@ -79,7 +79,8 @@ def test_bfloat16_is_no_worse_than_the_naive_way(shape, autocast):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("size", "regions"), [((8, 8), (4, 4)), ((7, 5), (4, 4)), ((1, 6), (1, 3)), ((8, 12), (2, 4))])
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 6), (8, 12), (4, 4)])
+@pytest.mark.parametrize("regions", [(4, 4), (1, 3)])
 def test_pooling_equals_that_of_pytorch(size, regions, channels_last):
     h = torch.randn(5, 6, *size) + 1
     if channels_last:
@@ -163,7 +164,8 @@ def test_a_block_keeps_its_own_maps_and_hardly_more(name, classes):
         for loss in net.local_losses(x, y):
             loss.backward()
     maps = 5  # input, behind conv1, behind its ReLU, behind conv2 (an input of the sum), output
-    kept_by_head = 5 / 16 if name == "pooled" else 0  # pooled, normalised, behind convolution, batch norm and ReLU
+    # pooled, normalised, behind convolution, batch norm and ReLU; beside them the matrix that pools
+    kept_by_head = 5 / 16 + 16 / (4 * 8) if name == "pooled" else 0
     small = 4 * classes * 8 + 2000  # scores and their softmax; statistics of norms
     assert saved.peak <= (maps + kept_by_head) * x.nbytes + small
 

@@ -117,7 +117,7 @@ def test_backprop_equals_a_plain_training_loop(make_trainer):
     model = make(Backprop, lr_scheduler="constant", lr=0.01)
     plain = copy.deepcopy(model.net.model)
     make_trainer(max_epochs=2).fit(model, DataLoader(TensorDataset(x, y), batch_size=8))
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, fused=True)
     for _ in range(2):
         for i in range(0, 24, 8):
             optimizer.zero_grad()

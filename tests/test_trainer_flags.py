@@ -2,6 +2,7 @@
 
 import re
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,18 @@ def test_float16(make_trainer, digits):
         assert scaler.get_scale() == 2.0**12, "renewed once a batch, whatever the number of optimizers"
         runs.append(weights(model))
     assert_same(*runs)
+
+
+@BOTH
+def test_float16_clips_at_the_true_scale_of_the_gradients(optimization, make_trainer, digits):
+    runs = []
+    for fused in (False, True):  # a fused optimizer undoes the scale in its own step, after the clipping
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        model = make(optimization, clip_norm=0.05, optimizer=partial(torch.optim.SGD, fused=fused))
+        make_trainer(plugins=MixedPrecision("16-mixed", "cpu", scaler)).fit(model, digits)
+        runs.append(weights(model))
+    assert_same(*runs, atol=1e-5, rtol=1e-5)
+    assert differ(runs[0], weights(make(optimization)))
 
 
 @row('`precision="16-true"`, `"bf16-true"`, `"64-true"`')

@@ -15,6 +15,7 @@ Shapes: B batch, K classes, L blocks.
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -51,7 +52,8 @@ class LocalLearner(Reporting):
     Args:
         num_classes: K. The command line takes it from the data.
         input_shape: (C, H, W) of an image; None: (3, 32, 32). The command line takes it from the data.
-        optimizer: A class, a partial of it, or ``{class_path, init_args}``, called with parameter groups. None: AdamW.
+        optimizer: A class, a partial of it, or ``{class_path, init_args}``, called with parameter groups. None:
+            AdamW, fused.
         lr: Learning rate of every block; None: the one of `optimizer`, or 5e-3 for the default.
         lr_decay: The learning rate of each block is that of the block above it times this factor: below 1 for
             fine-tuning, where lower blocks should move less.
@@ -110,7 +112,8 @@ class LocalLearner(Reporting):
         self.num_classes = cast(int, num_classes)
         self.input_shape = tuple(input_shape or (3, 32, 32))
         self.automatic_optimization = optimization == "automatic"
-        self.make_optimizer = to_factory("optimizer", optimizer) if optimizer else torch.optim.AdamW
+        default = partial(torch.optim.AdamW, fused=True)
+        self.make_optimizer = to_factory("optimizer", optimizer) if optimizer else default
         self.lr = lr if lr is not None or optimizer else 5e-3
         self.lr_decay = lr_decay
         self.schedule = lr_scheduler
@@ -178,7 +181,8 @@ class LocalLearner(Reporting):
         elif scaler is None:
             self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
         else:
-            scaler.unscale_(optimizer.optimizer)
+            if not _unscales_by_itself(optimizer.optimizer):
+                scaler.unscale_(optimizer.optimizer)
             self.trainer.precision_plugin._after_closure(self, optimizer.optimizer)
             scaler.step(optimizer.optimizer)
         optimizer.zero_grad()
@@ -220,7 +224,10 @@ class LocalLearner(Reporting):
             super().on_validation_model_zero_grad()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the gradients of each block by themselves; mixed precision has unscaled them by now."""
+        """Clip the gradients of each block by themselves, at their true scale."""
+        scaler = self._scaler()
+        if scaler is not None and _unscales_by_itself(optimizer):  # for all others float16 has unscaled them by now
+            scaler.unscale_(optimizer)
         for parameter in self._idle or ():  # in all batches of this step; DDP has made zeros of them
             parameter.grad = None
         self._idle = None
@@ -333,6 +340,11 @@ class LocalLearner(Reporting):
             "random": resume.random_states(trainer.world_size),
             "gradients": resume.gradients(self, trainer.world_size) if in_window else {},
         }
+
+
+def _unscales_by_itself(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is fused with the scaling of float16: its gradients are else unscaled in its step alone."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def _as_list(value: Any) -> list[Any]:
