@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -229,5 +228,5 @@ HEADS: dict[str, HeadFactory] = {
 
 def make_head(factory: HeadFactory, map_shape: Sequence[int], num_classes: int) -> nn.Module:
     """The head for features of shape (C, H, W); see `HeadFactory`."""
-    size: dict[str, Any] = {"size": map_shape[1:]} if "size" in signature(factory).parameters else {}
-    return factory(map_shape[0], num_classes, **size)
+    arguments = {*signature(factory).parameters, *getattr(factory, "keywords", {})}  # the command line gives a partial
+    return factory(map_shape[0], num_classes, **({"size": map_shape[1:]} if "size" in arguments else {}))

@@ -136,6 +136,14 @@ def test_optimizer_and_head_from_the_command_line(tmp_path, monkeypatch):
     assert stored["hyper_parameters"]["head"]["init_args"]["depth"] == 0
 
 
+def test_a_head_from_the_command_line_is_told_the_size_of_its_map(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*DIGITS, "--model.head", "PooledHead", "--model.head.width", "5")
+    stored = torch.load(checkpoint("."), weights_only=True)["state_dict"]
+    shapes = [stored[f"net.heads.{k}.classes.weight"].shape for k in range(3)]
+    assert shapes == [(10, 5 * 4 * 4), (10, 5 * 2 * 2), (10, 5 * 2 * 2)], "the last pooling goes with the classifier"
+
+
 @pytest.mark.parametrize("name", sorted(set(data.__all__) - {"ImageData"}))
 def test_another_data_set_keeps_nothing_of_the_default_one(name):
     chosen, given = (
