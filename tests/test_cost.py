@@ -93,7 +93,7 @@ def test_pooling_equals_that_of_pytorch(size, regions, channels_last):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_layer_norm_equals_that_of_pytorch_and_keeps_the_order_in_memory(channels_last):
+def test_the_layer_norm_equals_that_of_pytorch_and_keeps_the_order_in_memory(channels_last):
     h = torch.randn(5, 6, 7, 4)
     if channels_last:
         h = h.contiguous(memory_format=torch.channels_last)
