@@ -5,6 +5,7 @@ Shapes: L blocks, B batch, K classes.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -29,6 +30,20 @@ def log_softmax_vote(goodness: Tensor) -> Tensor:
     return goodness.log_softmax(-1).mean(0)
 
 
+def depth_vote(goodness: Tensor) -> Tensor:
+    """Mean over the blocks, each weighing as much as its number from the input, 1 to L: (L, B, K) -> (B, K).
+
+    Deeper blocks are the better ones, but the others still see what they do not.
+
+    Example:
+        >>> import torch
+        >>> depth_vote(torch.tensor([[[3.0, 0.0]], [[0.0, 3.0]]]))
+        tensor([[1., 2.]])
+    """
+    weights = torch.arange(1.0, len(goodness) + 1, device=goodness.device, dtype=goodness.dtype)
+    return torch.tensordot(weights / weights.sum(), goodness, 1)
+
+
 Vote = Callable[[Tensor], Tensor]
 
-VOTES: dict[str, Vote] = {"mean": mean_vote, "last": last_vote, "log_softmax": log_softmax_vote}
+VOTES: dict[str, Vote] = {"mean": mean_vote, "depth": depth_vote, "last": last_vote, "log_softmax": log_softmax_vote}

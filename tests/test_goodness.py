@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ff_lightning.goodness import GoodnessHead, PooledHead, class_goodness, make_head
-from ff_lightning.inference import last_vote, log_softmax_vote, mean_vote
+from ff_lightning.inference import depth_vote, last_vote, log_softmax_vote, mean_vote
 from ff_lightning.losses import LogSumExpLoss, logsumexp_loss
 
 
@@ -114,5 +114,6 @@ def test_votes():
     g = torch.randn(3, 2, 4)
     torch.testing.assert_close(mean_vote(g), (g[0] + g[1] + g[2]) / 3)
     assert torch.equal(last_vote(g), g[2])
+    torch.testing.assert_close(depth_vote(g), (1 * g[0] + 2 * g[1] + 3 * g[2]) / 6)
     probabilities = g.softmax(-1)
     torch.testing.assert_close(log_softmax_vote(g), probabilities.prod(0).log() / 3)

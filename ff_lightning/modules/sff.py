@@ -30,7 +30,7 @@ class SFF(LocalLearner):
             modules to cut after.
         head: ``"pooled"``, ``"deep"``, ``"paper"``, or a class such as `PooledHead` called with (channels, classes).
         norm: Normalisation between the blocks: ``"layer"``, ``"channel"``, ``"length"`` or ``"none"``.
-        vote: How the blocks decide: ``"mean"``, ``"last"`` or ``"log_softmax"``.
+        vote: How the blocks decide: ``"mean"``, ``"depth"``, ``"last"`` or ``"log_softmax"``.
         label_smoothing: Share of the target that is spread evenly over all classes.
         train_blocks: Numbers or names of the only blocks to train; the others keep weights and running statistics.
         kwargs: How it is trained: optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
@@ -51,7 +51,7 @@ class SFF(LocalLearner):
         granularity: Granularity = "block",
         head: Literal["pooled", "deep", "paper"] | HeadFactory = "pooled",
         norm: Norm = "layer",
-        vote: Literal["mean", "last", "log_softmax"] = "mean",
+        vote: Literal["mean", "depth", "last", "log_softmax"] = "mean",
         label_smoothing: float = 0.0,
         train_blocks: list[int | str] | None = None,
         **kwargs: Any,
