@@ -38,8 +38,8 @@ class LocalNet(nn.Module):
         norm: What the next block sees of a block's output: normalised over all features of an image (``"layer"``),
             over the channels of each position (``"channel"``), divided by its root mean square (``"length"``), or as
             it is (``"none"``). The head sees it as it is.
-        vote: How the blocks decide together: ``"mean"`` of goodness, mean weighted by ``"depth"``, ``"last"`` block, mean
-            ``"log_softmax"``.
+        vote: How the blocks decide together: ``"mean"`` of goodness, mean weighted by ``"depth"``, ``"last"`` block,
+            mean ``"log_softmax"``.
         input_shape: (C, H, W) of an image.
         loss: Module from goodness (B, K) and classes (B,) to a scalar. None: `LogSumExpLoss`.
 
