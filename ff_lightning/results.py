@@ -7,60 +7,94 @@ in ``RUNS/NAME/METHOD-SEED`` and is not repeated; the table is made of what Ligh
 import argparse
 import importlib
 import importlib.util
+import math
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ff_lightning.suggest import unknown
+
 METHODS = ("sff", "backprop")
+SETTINGS = "settings.yaml"
+"""In the folder of a run: its config, and below it the further arguments."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run and tabulate; see ``--help``."""
     arguments, of_fit = _parser().parse_known_args(args)
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        sys.exit("--plot needs matplotlib: pip install 'ff-lightning[plot]'")
+        sys.exit("--plot needs matplotlib: pip install matplotlib")
+    configs: list[tuple[str, str, Path]] = []
     for name in arguments.recipes:
-        for seed in arguments.seeds:
-            for method in arguments.methods:
-                config = arguments.configs / method / f"{name}.yaml"
-                if not config.is_file():
-                    sys.exit(f"{config} does not exist: a recipe is a config of the same name for each of {METHODS}")
-                run(config, arguments.runs / name / f"{method}-{seed}", seed, of_fit, arguments.stage)
+        for method in arguments.methods:
+            configs.append((name, method, arguments.configs / method / f"{name}.yaml"))
+            if not configs[-1][2].is_file():
+                known = sorted(path.stem for path in arguments.configs.glob(f"{method}/*.yaml"))
+                where = f"a config in {arguments.configs / method}, one of {known} (--configs names the folder)"
+                sys.exit(unknown("recipe", name, known, where))
+    runs = [(config, name, method, seed) for name, method, config in configs for seed in arguments.seeds]
+    for number, (config, name, method, seed) in enumerate(sorted(runs, key=lambda run: (run[1], run[3])), start=1):
+        folder = arguments.runs / name / f"{method}-{seed}"
+        print(f"[{number}/{len(runs)}] {folder}", end=" ", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        was_there = run(config, folder, seed, of_fit, arguments.stage)
+        accuracy = f"{accuracies(folder, arguments.stage).get('acc', math.nan):.2f} %"
+        took = "was there" if was_there else f"{time.monotonic() - start:.0f} s"
+        print(f"{accuracy} ({took})", file=sys.stderr)
+    if not any(arguments.runs.glob("*/*[0-9]")):
+        sys.exit(f"there are no runs in {arguments.runs}")
     print(table(arguments.runs, arguments.stage))
     if arguments.plot:
         plot(arguments.runs, arguments.stage, arguments.plot)
 
 
-def run(config: Path, folder: Path, seed: int, of_fit: Sequence[str], stage: str) -> None:
+def run(config: Path, folder: Path, seed: int, of_fit: Sequence[str], stage: str) -> bool:
     """Fit with a seed, which the splits of the data take too, and test the weights of the last epoch, once.
 
     Args:
         config: Of the run.
-        folder: Where it goes; nothing is done where it is there already. One that is cut off leaves ``folder.part``.
+        folder: Where it goes, with all that was printed in ``log.txt``. Nothing is done where it is there already; one
+            that is cut off leaves ``folder.part``.
         seed: Of weights, order, augmentation and splits.
         of_fit: Further arguments of ``ff-lightning fit``.
         stage: ``"val"``: do not test.
+
+    Returns:
+        Whether it was there already.
+
+    Raises:
+        SystemExit: If the run fails, or if the one that is there had other settings.
     """
+    settings = f"{config.read_text()}\n# {' '.join(of_fit)}\n"
     if folder.is_dir():
-        return
+        if (folder / SETTINGS).read_text() != settings:
+            sys.exit(f"was run with other settings, see {folder / SETTINGS}: delete it, or give other --runs")
+        return True
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    print(f"{folder} ...", file=sys.stderr)
-    seeds = ["--seed_everything", str(seed), "--data.seed", str(seed)]
-    _ff_lightning("fit", "--config", str(config), *seeds, *of_fit, "--trainer.default_root_dir", str(part))
+    part.mkdir(parents=True)
+    (part / SETTINGS).write_text(settings)
+    seeded = ["--seed_everything", str(seed)]
+    of_run = [*seeded, "--data.seed", str(seed), *of_fit, "--trainer.default_root_dir", str(part)]
+    _ff_lightning(part, "fit", "--config", str(config), *of_run)
     if stage == "test":
         (last,) = part.rglob("last.ckpt")
-        _ff_lightning("test", "--ckpt_path", str(last), "--trainer.default_root_dir", str(part / "test"))
+        _ff_lightning(part, "test", "--ckpt_path", str(last), *seeded, "--trainer.default_root_dir", str(part / "test"))
     part.rename(folder)
+    return False
 
 
-def _ff_lightning(*arguments: str) -> None:
-    bar = ["--trainer.enable_progress_bar", "false"]
-    subprocess.run([sys.executable, "-m", "ff_lightning", *arguments, *bar], check=True, stdout=subprocess.DEVNULL)
+def _ff_lightning(folder: Path, *arguments: str) -> None:
+    command = [sys.executable, "-m", "ff_lightning", *arguments, "--trainer.enable_progress_bar", "false"]
+    with (folder / "log.txt").open("a+") as log:
+        if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode:
+            log.seek(0)
+            sys.exit(f"failed:\n{''.join(log.readlines()[-5:])}see {log.name}")
 
 
 def accuracies(folder: Path, stage: str) -> dict[str, float]:

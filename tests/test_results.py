@@ -30,6 +30,9 @@ def test_recipes_are_run_once_and_tabulated(tmp_path, capsys):
     written = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
     results.main([*arguments, "--plot", str(tmp_path / "blocks.png")])
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == written, "no run is repeated"
+    assert "was there" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"other settings.*sff-0"):
+        results.main([*arguments, "--model.lr", "0.1"])
     assert (31, 119, 180) in Image.open(tmp_path / "blocks.png").convert("RGB").getdata(), "SFF, in blue"
 
 
@@ -48,9 +51,21 @@ def test_the_configs_of_a_recipe_differ_only_in_the_model(name):
     assert sff == backprop
 
 
-def test_a_recipe_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(SystemExit, match=r"sff/nothing.yaml does not exist"):
-        results.main(["nothing", "--configs", str(tmp_path), "--runs", str(tmp_path)])
+def test_a_recipe_that_is_not_there_is_named_before_anything_is_run(tmp_path):
+    with pytest.raises(SystemExit, match=r"recipe='digit_cnn' is not known.*configs/sff.*did you mean 'digits_cnn'"):
+        results.main(["digits_cnn", "digit_cnn", "--configs", str(ROOT / "configs"), "--runs", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_runs_are_no_table(tmp_path):
+    with pytest.raises(SystemExit, match="no runs in"):
+        results.main(["--runs", str(tmp_path / "nothing"), "--plot", str(tmp_path / "blocks.png")])
+
+
+def test_a_run_that_fails_says_why_and_where_it_can_be_read(tmp_path):
+    arguments = ["cifar10_1000_cnn", "--runs", str(tmp_path), "--configs", str(ROOT / "configs")]
+    with pytest.raises(SystemExit, match=r"(?s)failed:.*must hold a folder 'train'.*log.txt"):
+        results.main([*arguments, "--data", "ImageFolder", "--data.root", str(tmp_path / "images")])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/sff").glob("*_layer.yaml")), ids=lambda path: path.stem)
