@@ -124,18 +124,18 @@ class GoodnessHead(nn.Module):
 class PooledHead(nn.Module):
     """A head that costs next to nothing: class kernels that cover a whole map, after it was averaged over regions.
 
-    The features are averaged over ``regions x regions`` parts of the map and normalised over all features of an image;
-    they pass one narrow layer (convolution, batch norm, ReLU), and a kernel for each class weighs every channel in
-    every region. The goodness of a class is the
-    activity of its kernel, which has one position, so that there is nothing to average; it is not squared: evidence
-    against a class counts as well.
+    The features are averaged over ``regions x regions`` parts of the map and normalised over all features of an image,
+    and a kernel for each class weighs every channel in every region, behind a layer (convolution, batch norm, ReLU)
+    where that is asked for or makes the head smaller. The goodness of a class is the activity of its kernel, which has
+    one position, so that there is nothing to average; it is not squared: evidence against a class counts as well.
 
     Args:
         in_channels: C, channels of the block's features.
         num_classes: K.
         regions: Along each side of the map. None: 4, or 2 for more than 100 classes: their kernels would else outweigh
             the network itself.
-        width: Channels of the layer. None: as many as the block has, 128 at most.
+        width: Channels of the layer. None: C, 128 at most, where a layer of 3x3 kernels is asked for or a layer leaves
+            the head with fewer weights, as it does for many channels and classes; else there is no layer.
         kernel_size: Of the layer, in regions: 1 or 3.
         size: H x W of the features; where that is less than `regions`, there are fewer. None: it is not less.
 
@@ -161,10 +161,13 @@ class PooledHead(nn.Module):
             )
         rows, columns = size or (regions, regions)
         self.regions = min(regions, rows), min(regions, columns)
-        width = width or min(in_channels, 128)
-        self.features = nn.Sequential(*_convolution(in_channels, width, kernel_size))
+        of_a_channel = self.regions[0] * self.regions[1] * num_classes  # weights of the class kernels
+        narrow = min(in_channels, 128)
+        if width is None and (kernel_size > 1 or narrow * (in_channels + of_a_channel) < in_channels * of_a_channel):
+            width = narrow
+        self.features = nn.Sequential(*(_convolution(in_channels, width, kernel_size) if width else []))
         # a kernel that covers the whole map is a linear layer, which costs a fraction of the convolution on a CPU
-        self.classes = nn.Linear(width * self.regions[0] * self.regions[1], num_classes)
+        self.classes = nn.Linear((width or in_channels) * self.regions[0] * self.regions[1], num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
         """Goodness of each class.

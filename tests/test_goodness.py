@@ -65,6 +65,16 @@ def test_kernels_of_many_classes_are_smaller():
     assert many.shape == (101, 8 * 2 * 2)
 
 
+@pytest.mark.parametrize(("channels", "classes", "layer"), [(64, 10, False), (512, 10, False), (512, 100, True)])
+def test_a_pooled_head_has_a_layer_where_that_saves_weights(channels, classes, layer):
+    def size(head):
+        return sum(p.numel() for name, p in head.named_parameters() if name.endswith("weight") and p.ndim > 1)
+
+    head, with_layer = PooledHead(channels, classes), PooledHead(channels, classes, width=min(channels, 128))
+    assert (len(head.features) > 0) == layer
+    assert size(head) == (size(with_layer) if layer else channels * 4 * 4 * classes) <= size(with_layer)
+
+
 def test_a_pooled_head_tells_regions_apart():
     head = PooledHead(1, 2, regions=2, width=4).eval()
     corner = torch.zeros(2, 1, 4, 4)
