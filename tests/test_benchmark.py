@@ -3,9 +3,11 @@ import json
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from ff_lightning.benchmark.__main__ import main
-from ff_lightning.benchmark.measure import Alive, Result, ratio_of_times
+from ff_lightning.benchmark.measure import Alive, Result, measure, ratio_of_times
+from ff_lightning.benchmark.report import print_table
 from ff_lightning.benchmark.variants import Settings, build
 from ff_lightning.memory import saved_for_backward
 
@@ -75,9 +77,31 @@ def test_the_command_reports_every_variant(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_variant_that_cannot_run_is_skipped_with_its_reason(capsys):
-    main(["--backbone", "cnn", "--stem", "standard", "--batch", "4", "--input-size", "16", "--repetitions", "1",
-          "--steps", "1", "--granularity", "99", "--what", "inference"])  # fmt: skip
-    assert "vote 99: skipped, ValueError: granularity=99" in capsys.readouterr().out
+    results = measure(SETTINGS, ["model", "vote 99"], compiled=False, repetitions=1, steps=1)
+    print_table((SETTINGS, results), SETTINGS.batch, Console(width=200))
+    printed = capsys.readouterr().out
+    assert "vote 99: skipped, ValueError: granularity=99" in printed
+    assert "images/s" in printed
+    assert "saved MB" not in printed, "nothing is counted in prediction"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--granularity", "blok"], "did you mean 'block'"),
+        (["--granularity", "99"], "granularity=99"),
+        (["--backbone", "resnet81"], "did you mean 'resnet18'"),
+        (["--classes", "10", "1"], "num_classes=1"),
+        (["--device", "nothing"], "nothing"),
+        (["--batch", "0"], "at least 1"),
+        (["--repetitions", "-1"], "at least 1"),
+        (["--json", "nowhere/figures.json"], "nowhere/figures.json does not exist"),
+    ],
+)
+def test_bad_arguments_end_the_command_before_anything_is_measured(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--backbone", "cnn", "--stem", "standard", *arguments])
+    assert message in capsys.readouterr().err
 
 
 def test_operations_of_own_functions_are_counted():
@@ -91,7 +115,8 @@ def test_operations_of_own_functions_are_counted():
     assert counter.get_total_flops() == 4 * 2 * (2 * 3 * 8 * 16)  # forward, again in backward, and two gradients
 
 
-def test_plot_says_what_it_needs(monkeypatch):
+def test_plot_says_what_it_needs(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"ff-lightning\[plot\]"):
+    with pytest.raises(SystemExit, match="2"):
         main(["--plot", "memory.png"])
+    assert "pip install matplotlib" in capsys.readouterr().err

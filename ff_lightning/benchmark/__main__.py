@@ -16,34 +16,20 @@ from rich.console import Console
 from ff_lightning.backbones import Stem
 from ff_lightning.benchmark.measure import measure
 from ff_lightning.benchmark.report import Run, plot, print_table, write_json
-from ff_lightning.benchmark.variants import Settings
+from ff_lightning.benchmark.variants import Settings, build
 from ff_lightning.goodness import HEADS
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measure, and report; see ``--help``."""
-    arguments = _parser().parse_args(args)
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        sys.exit("--plot needs matplotlib: pip install 'ff-lightning[plot]'")
+    arguments = _checked(_parser(), args)
     console = Console(width=150 if not sys.stdout.isatty() else None)
     if arguments.what == "startup":
         _startup(arguments.repetitions, console)
         return
     runs: list[Run] = []
     for classes in arguments.classes:
-        settings = Settings(
-            backbone=arguments.backbone,
-            stem=arguments.stem,
-            classes=classes,
-            batch=arguments.batch,
-            size=arguments.input_size,
-            head=arguments.head,
-            micro_batches=arguments.micro_batches,
-            epoch_batches=arguments.epoch_batches,
-            device=arguments.device,
-            precision=arguments.precision,
-            channels_last=arguments.channels_last,
-        )
+        settings = _settings(arguments, classes)
         names = {
             "train": ["backprop", "checkpointing", "accumulation", *(f"sff {cut}" for cut in arguments.granularity)],
             "inference": ["model", *(f"vote {cut}" for cut in arguments.granularity)],
@@ -52,10 +38,53 @@ def main(args: Sequence[str] | None = None) -> None:
         runs.append((settings, measure(settings, names, arguments.compile, arguments.repetitions, arguments.steps)))
         images = settings.batch * (settings.epoch_batches if arguments.what == "trainer" else 1)
         print_table(runs[-1], images, console)
-    if arguments.json:
-        write_json(runs, torch.get_num_threads(), arguments.json)
+        if arguments.json:
+            write_json(runs, torch.get_num_threads(), arguments.json)
     if arguments.plot:
         plot(runs, arguments.plot)
+
+
+def _settings(arguments: argparse.Namespace, classes: int) -> Settings:
+    return Settings(
+        backbone=arguments.backbone,
+        stem=arguments.stem,
+        classes=classes,
+        batch=arguments.batch,
+        size=arguments.input_size,
+        head=arguments.head,
+        micro_batches=arguments.micro_batches,
+        epoch_batches=arguments.epoch_batches,
+        device=arguments.device,
+        precision=arguments.precision,
+        channels_last=arguments.channels_last,
+    )
+
+
+def _checked(parser: argparse.ArgumentParser, args: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; what would only show after minutes of measuring ends the command here."""
+    arguments = parser.parse_args(args)
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    for path in (arguments.json, arguments.plot):
+        if path and not path.parent.is_dir():
+            parser.error(f"the folder of {path} does not exist")
+    if arguments.what == "startup":
+        return arguments
+    try:
+        torch.zeros(1, device=arguments.device)
+        for classes in arguments.classes:
+            for granularity in arguments.granularity:
+                build(_settings(arguments, classes), f"sff {granularity}")
+    except (ValueError, RuntimeError, AssertionError) as error:
+        parser.error(str(error).splitlines()[0])
+    return arguments
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,18 +98,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--backbone", default="resnet18", help="a name that SFF takes")
     add("--stem", choices=get_args(Stem), default="small", help="see SFF")
     add("--granularity", nargs="+", default=["block", "layer", "4"], help="layer, block, stage, or a number of units")
-    add("--classes", nargs="+", type=int, default=[10], help="a table for each")
-    add("--batch", type=int, default=32, help="images of a step")
-    add("--input-size", type=int, default=32, help="side of an image")
+    add("--classes", nargs="+", type=_positive, default=[10], help="a table for each")
+    add("--batch", type=_positive, default=32, help="images of a step")
+    add("--input-size", type=_positive, default=32, help="side of an image")
     add("--head", choices=list(HEADS), default="pooled", help="see SFF")
     add("--device", default="cpu", help="cpu or cuda")
     add("--precision", choices=["32", "bf16"], default="32", help="bf16: mixed")
     add("--channels-last", action="store_true", help="order of maps and weights in memory")
     add("--compile", action="store_true", help="each variant also with torch.compile: whole networks, or each block")
-    add("--micro-batches", type=int, default=4, help="of the variant that accumulates gradients")
-    add("--steps", type=int, default=2, help="counted steps of a turn; an epoch, for --what trainer, is one step")
-    add("--epoch-batches", type=int, default=20, help="steps of an epoch, for --what trainer")
-    add("--repetitions", type=int, default=9, help="turns of each variant")
+    add("--micro-batches", type=_positive, default=4, help="of the variant that accumulates gradients")
+    add("--steps", type=_positive, default=2, help="counted steps of a turn; an epoch, for --what trainer, is one step")
+    add("--epoch-batches", type=_positive, default=20, help="steps of an epoch, for --what trainer")
+    add("--repetitions", type=_positive, default=9, help="turns of each variant")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--plot", type=Path, metavar="FILE.png", help="draw memory over a step; needs matplotlib")
     return parser

@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -101,24 +103,33 @@ def measure(settings: Settings, names: list[str], compiled: bool, repetitions: i
     """
     context = multiprocessing.get_context("spawn")
     workers = []
-    for name, compile_it in [(name, False) for name in names] + [(name, True) for name in names if compiled]:
+    console = Console(stderr=True)
+    variants = [(name, False) for name in names] + [(name, True) for name in names if compiled]
+    for name, compile_it in track(variants, "building and counting", console=console, transient=True):
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, settings, name, compile_it, steps), daemon=True)
         process.start()
-        result = ours.recv()  # one after the other: none is disturbed while it counts
+        result = _answer(ours, name)  # one after the other: none is disturbed while it counts
         workers.append((ours, process, result))
     running = [worker for worker in workers if not worker[2].skipped]
-    for turn in range(repetitions + 1):
+    for turn in track(range(repetitions + 1), "taking turns", console=console, transient=True):
         for ours, _, result in running:
             ours.send("turn")
-            seconds = ours.recv()
+            seconds = _answer(ours, result.name)
             if turn:  # the first warms up
                 result.seconds.append(seconds)
     for ours, process, result in running:
         ours.send("end")
-        result.device_peak = ours.recv()
+        result.device_peak = _answer(ours, result.name)
         process.join()
     return [result for _, _, result in workers]
+
+
+def _answer(pipe: Connection, name: str) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"the process of {name!r} has ended: it may have run out of memory") from None
 
 
 def _work(pipe: Connection, settings: Settings, name: str, compile_it: bool, steps: int) -> None:

@@ -16,55 +16,54 @@ MB = 1e6
 Run = tuple[Settings, list[Result]]
 
 
+LEGEND = (
+    "time x, saved x, GFLOP x: shares of the first row; +- %: half the distance between the quartiles; saved: kept for "
+    "backward, at most; tensors: all tensors of a step, at most; memory: what the steps added to the process or device"
+)
+
+
 def print_table(run: Run, images: int, console: Console) -> None:
-    """Print the figures; ratios are to the first row."""
+    """Print the figures, without what was not measured; ratios are to the first row."""
     settings, results = run
     base = results[0]
-    table = Table(title=_title(settings), title_justify="left")
+    rows = {result.name: _row(result, base, images) for result in results if not result.skipped}
+    table = Table(title=_title(settings), title_justify="left", caption=LEGEND, caption_justify="left")
     table.add_column("")
-    for heading in (
-        "time ms",
-        "+- %",
-        "images/s",
-        "time",
-        "saved MB",
-        "saved",
-        "tensors MB",
-        "process MB",
-        "grad+opt MB",
-    ):
+    headings = [heading for heading in _row(base, base, images) if any(row[heading] for row in rows.values())]
+    for heading in headings:
         table.add_column(heading, justify="right")
-    table.add_column("GFLOP", justify="right")
-    table.add_column("floor", justify="right")  # of the time, were it operations alone
-    for result in results:
-        if result.skipped:
-            table.add_row(result.name, "skipped")
-            continue
-        counted = result.operations > 0
-        table.add_row(
-            result.name,
-            f"{1e3 * result.median:.0f}",
-            f"{100 * result.spread:.1f}",
-            f"{images / result.median:.1f}",
-            "" if base.skipped else f"{ratio_of_times(result, base):.3f}",
-            f"{result.saved_peak / MB:.1f}" if counted else "",
-            _ratio(result.saved_peak, base.saved_peak) if counted else "",
-            f"{result.tensor_peak / MB:.1f}" if counted else "",
-            f"{result.device_peak / MB:.0f}",
-            f"{(result.gradients + result.optimizer) / MB:.1f}" if counted else "",
-            f"{result.operations / 1e9:.1f}" if counted else "",
-            _ratio(result.operations, base.operations) if counted else "",
-        )
-    console.print(table)
+    for name, row in rows.items():
+        table.add_row(name, *(row[heading] for heading in headings))
+    if rows:
+        console.print(table)
     for result in results:
         if result.skipped:
             console.print(f"{result.name}: skipped, {result.skipped}", markup=False)
 
 
+def _row(result: Result, base: Result, images: int) -> dict[str, str]:
+    """The figures of a variant by their headings; empty: not measured."""
+    timed, counted = len(result.seconds) > 0, result.operations > 0
+    return {
+        "ms": f"{1e3 * result.median:.0f}" if timed else "",
+        "+- %": f"{100 * result.spread:.1f}" if len(result.seconds) > 1 else "",
+        "images/s": f"{images / result.median:.1f}" if timed else "",
+        "time x": f"{ratio_of_times(result, base):.3f}" if timed and not base.skipped else "",
+        "saved MB": f"{result.saved_peak / MB:.1f}" if counted else "",
+        "saved x": _ratio(result.saved_peak, base.saved_peak) if counted else "",
+        "tensors MB": f"{result.tensor_peak / MB:.1f}" if counted else "",
+        "memory MB": f"{result.device_peak / MB:.0f}" if timed else "",
+        "grad+opt MB": f"{(result.gradients + result.optimizer) / MB:.1f}" if counted else "",
+        "GFLOP": f"{result.operations / 1e9:.1f}" if counted else "",
+        "GFLOP x": _ratio(result.operations, base.operations) if counted else "",
+    }
+
+
 def _title(settings: Settings) -> str:
+    precision = {"32": "float32", "bf16": "bfloat16"}[settings.precision]
     return (
         f"{settings.backbone}, stem {settings.stem}, {settings.classes} classes, batch {settings.batch}, "
-        f"{settings.size} x {settings.size}, head {settings.head}, {settings.precision}, {settings.device}"
+        f"{settings.size} x {settings.size}, head {settings.head}, {precision}, {settings.device}"
     )
 
 
@@ -91,6 +90,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             if result.history:
                 share = [i / len(result.history) for i in range(len(result.history))]
                 axis.plot(share, [size / MB for size in result.history], label=result.name, linewidth=1)
-        axis.set(title=_title(settings), xlabel="operations of a step, as a share", ylabel="MB of tensors")
+        axis.set_title(_title(settings), fontsize="small", wrap=True)
+        axis.set(xlabel="way through the operations of a step", ylabel="MB of tensors")
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
