@@ -186,13 +186,16 @@ class PooledHead(nn.Module):
 def region_means(features: Tensor, regions: tuple[int, int]) -> Tensor:
     """Mean over regions, as `adaptive_avg_pool2d` draws them: (B, C, H, W) -> (B, C, *regions).
 
-    A map in this order of memory is pooled by one matrix product: half the time or less, on a CPU.
+    On a CPU, half its time or less: large regions are summed line by line, small ones by one matrix product.
     """
     size = tuple(features.shape[2:])
     if size == regions:
         return features
     if features.device.type != "cpu" or not features.is_contiguous():
         return F.adaptive_avg_pool2d(features, regions)
+    (lines, no_line), (width, no_column) = (divmod(side, part) for side, part in zip(size, regions, strict=True))
+    if width >= 8 and no_line == no_column == 0:
+        return features.unflatten(2, (-1, lines)).mean(3).unflatten(3, (-1, width)).mean(4)
     return (features.flatten(2) @ _shares(size, regions).to(features.dtype)).unflatten(2, regions)
 
 

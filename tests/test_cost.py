@@ -79,7 +79,7 @@ def test_bfloat16_is_no_worse_than_the_naive_way(shape, autocast):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 6), (8, 12), (4, 4)])
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 6), (4, 4), (8, 32), (8, 33)])
 @pytest.mark.parametrize("regions", [(4, 4), (1, 3)])
 def test_pooling_equals_that_of_pytorch(size, regions, channels_last):
     h = torch.randn(5, 6, *size) + 1
