@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ff_lightning import SFF
+from ff_lightning.goodness import PooledHead
 from ff_lightning.modules import checks
 from tests import ddp_worker
 from tests.conftest import small_net
@@ -104,7 +106,8 @@ def test_interrupted_in_the_middle_of_an_accumulation(folder, optimization):
 
 
 def test_synchronised_batch_norms_take_the_place_of_the_others():
-    net = SFF(backbone=small_net(), num_classes=10, input_shape=(1, 8, 8)).net.eval()
+    head = partial(PooledHead, width=4)  # a head with a norm of its own
+    net = SFF(backbone=small_net(), num_classes=10, input_shape=(1, 8, 8), head=head).net.eval()
     x = torch.randn(4, 1, 8, 8)
     goodness = net.goodness(x)
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(net)
