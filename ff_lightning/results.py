@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from difflib import unified_diff
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,7 +22,7 @@ from ff_lightning.suggest import unknown
 
 METHODS = ("sff", "backprop")
 SETTINGS = "settings.yaml"
-"""In the folder of a run: its config, and below it the further arguments."""
+"""In the folder of a run: its config, and in the last line its stage and the further arguments."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -34,6 +35,8 @@ def main(args: Sequence[str] | None = None) -> None:
         for method in arguments.methods:
             configs.append((name, method, arguments.configs / method / f"{name}.yaml"))
             if not configs[-1][2].is_file():
+                if any((arguments.configs / other / f"{name}.yaml").is_file() for other in METHODS):
+                    sys.exit(f"recipe={name!r} has no config of {method}: leave that out, by --methods")
                 known = sorted(path.stem for path in arguments.configs.glob(f"{method}/*.yaml"))
                 where = f"a config in {arguments.configs / method}, one of {known} (--configs names the folder)"
                 sys.exit(unknown("recipe", name, known, where))
@@ -68,12 +71,16 @@ def run(config: Path, folder: Path, seed: int, of_fit: Sequence[str], stage: str
         Whether it was there already.
 
     Raises:
-        SystemExit: If the run fails, or if the one that is there had other settings.
+        SystemExit: If the run fails, or if a run of the recipe that is there had other settings: a row is of one kind.
     """
-    settings = f"{config.read_text()}\n# {' '.join(of_fit)}\n"
+    settings = f"{config.read_text()}\n# --stage {stage} {' '.join(of_fit)}\n"
+    for there in sorted(folder.parent.glob(f"*[0-9]/{SETTINGS}")):
+        start = 0 if there.parent.name.startswith(config.parent.name) else -1  # the methods share the arguments alone
+        old, new = (text.splitlines()[start:] for text in (there.read_text(), settings))
+        if old != new:
+            difference = "\n".join(unified_diff(old, new, str(there), "now", n=0, lineterm=""))
+            sys.exit(f"would be run with other settings than those that are there; give other --runs:\n{difference}")
     if folder.is_dir():
-        if (folder / SETTINGS).read_text() != settings:
-            sys.exit(f"was run with other settings, see {folder / SETTINGS}: delete it, or give other --runs")
         return True
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -138,6 +145,8 @@ def plot(runs: Path, stage: str, path: Path) -> None:
     """Accuracy of each block, of their vote, and of backprop; one panel for each recipe."""
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
     recipes = [folder.name for folder in sorted(runs.glob("*")) if collect(runs, folder.name, "sff", stage)]
+    if not recipes:
+        sys.exit(f"--plot: no SFF run in {runs} has an accuracy of stage {stage!r}")
     figure, panels = pyplot.subplots(1, len(recipes), figsize=(4 * len(recipes), 3.5), squeeze=False)
     for panel, recipe in zip(panels[0], recipes, strict=True):
         sff, backprop = (collect(runs, recipe, method, stage) for method in METHODS)
@@ -146,7 +155,7 @@ def plot(runs: Path, stage: str, path: Path) -> None:
             [of(sff[name]) for name in blocks] for of in (mean, lambda v: stdev(v) if len(v) > 1 else 0.0)
         )
         panel.errorbar(range(len(blocks)), heights, errors, marker="o", label="SFF, block")
-        panel.axhline(mean(sff["acc"]), color="tab:blue", linestyle="--", label="SFF, vote")
+        panel.axhline(mean(sff["acc"]), color="tab:blue", linestyle="--", label="SFF, vote", zorder=3)
         if backprop:
             panel.axhline(mean(backprop["acc"]), color="tab:orange", label="backprop")
         panel.set(title=recipe, xlabel="block", ylabel=f"{stage} accuracy, %", xticks=range(len(blocks)))
@@ -159,8 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ff_lightning.results",
         allow_abbrev=False,
-        description="Fit and test recipes with several seeds, SFF and backprop; print a table of all runs that are "
-        "there. Any other argument is handed to ff-lightning fit, such as --data.root FOLDER.",
+        description="Fit and test recipes with several seeds, SFF and backprop, from a folder with configs/, such as "
+        "a clone; print a table of all runs that are there. Any other argument is handed to ff-lightning fit, such as "
+        "--data.root FOLDER.",
     )
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="name of a pair of configs; none: only the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -173,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         default="test",
         help="val: only fit, and tabulate the accuracy on the validation images, to choose settings by",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="accuracy per block; needs ff-lightning[plot]")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="accuracy per block; needs matplotlib")
     return parser
 
 

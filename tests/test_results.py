@@ -31,7 +31,7 @@ def test_recipes_are_run_once_and_tabulated(tmp_path, capsys):
     results.main([*arguments, "--plot", str(tmp_path / "blocks.png")])
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == written, "no run is repeated"
     assert "was there" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"other settings.*sff-0"):
+    with pytest.raises(SystemExit, match=r"(?s)other settings.*backprop-0.*\+# --stage test .* --model.lr 0.1"):
         results.main([*arguments, "--model.lr", "0.1"])
     assert (31, 119, 180) in Image.open(tmp_path / "blocks.png").convert("RGB").getdata(), "SFF, in blue"
 
@@ -55,6 +55,24 @@ def test_a_recipe_that_is_not_there_is_named_before_anything_is_run(tmp_path):
     with pytest.raises(SystemExit, match=r"recipe='digit_cnn' is not known.*configs/sff.*did you mean 'digits_cnn'"):
         results.main(["digits_cnn", "digit_cnn", "--configs", str(ROOT / "configs"), "--runs", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more", [["--trainer.max_epochs", "1"], ["--stage", "val"]])
+@pytest.mark.parametrize("there", results.METHODS)
+def test_a_table_mixes_no_settings(tmp_path, there, more):
+    folder = tmp_path / "digits_cnn" / f"{there}-0"
+    folder.mkdir(parents=True)
+    config = (ROOT / "configs" / there / "digits_cnn.yaml").read_text()
+    (folder / results.SETTINGS).write_text(f"{config}\n# --stage test \n")
+    arguments = ["digits_cnn", "--seeds", "1", "--methods", "sff", "--configs", str(ROOT / "configs")]
+    with pytest.raises(SystemExit, match=rf"(?s)other settings.*{there}-0.*--stage"):
+        results.main([*arguments, "--runs", str(tmp_path), *more])
+
+
+def test_a_recipe_of_one_method_says_so(tmp_path):
+    arguments = ["digits_cnn_layer", "--configs", str(ROOT / "configs"), "--runs", str(tmp_path)]
+    with pytest.raises(SystemExit, match="no config of backprop: leave that out, by --methods"):
+        results.main(arguments)
 
 
 def test_no_runs_are_no_table(tmp_path):
