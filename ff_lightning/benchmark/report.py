@@ -16,10 +16,14 @@ MB = 1e6
 Run = tuple[Settings, list[Result]]
 
 
-LEGEND = (
-    "time x, saved x, GFLOP x: shares of the first row; +- %: half the distance between the quartiles; saved: kept for "
-    "backward, at most; tensors: all tensors of a step, at most; memory: what the steps added to the process or device"
-)
+LEGEND = {
+    "time x": "x: share of the first row",
+    "+- %": "+-: half the distance between the quartiles",
+    "saved MB": "saved: kept for backward, at most",
+    "tensors MB": "tensors: all tensors of a step, at most",
+    "memory MB": "memory: what the steps added to the process or device",
+}
+"""What the columns mean that do not say it themselves."""
 
 
 def print_table(run: Run, images: int, console: Console) -> None:
@@ -27,9 +31,9 @@ def print_table(run: Run, images: int, console: Console) -> None:
     settings, results = run
     base = results[0]
     rows = {result.name: _row(result, base, images) for result in results if not result.skipped}
-    table = Table(title=_title(settings), title_justify="left", caption=LEGEND, caption_justify="left")
-    table.add_column("")
     headings = [heading for heading in _row(base, base, images) if any(row[heading] for row in rows.values())]
+    legend = "; ".join(meaning for heading, meaning in LEGEND.items() if heading in headings)
+    table = Table("", title=_title(settings), title_justify="left", caption=legend, caption_justify="left")
     for heading in headings:
         table.add_column(heading, justify="right")
     for name, row in rows.items():

@@ -59,7 +59,7 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Ten
     """
     if isinstance(granularity, str) and granularity not in _RULES:
         raise ValueError(
-            unknown("granularity", granularity, _RULES, f"one of {list(_RULES)} or a list of module names")
+            unknown("granularity", granularity, _RULES, f"one of {list(_RULES)}, a number or a list of module names")
         )
     features = read_features(model, example)
     if isinstance(granularity, int):
