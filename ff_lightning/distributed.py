@@ -34,7 +34,8 @@ class Averaging:
         self.flat.div_(dist.get_world_size())
         for parameter, average, share in zip(self.parameters, sums, present, strict=True):
             if parameter.grad is not None or share > 0:  # looks at `share`, and waits for the device, only if it must
-                parameter.grad = average.view_as(parameter)
+                # in the order of the parameter in memory, which fused optimizers take for granted
+                parameter.grad = torch.empty_like(parameter).copy_(average.view_as(parameter))
 
 
 def broadcast_buffers(module: nn.Module) -> None:

@@ -52,9 +52,13 @@ def make(name):
     network = nn.Sequential(*small_net(norm=norm)[:4], Unused(4)) if name.startswith("unused") else small_net(norm=norm)
     arguments = {
         "optimization": "automatic" if name.endswith("automatic") else "manual",
+        "memory_format": "channels_last" if name == "channels_last" else None,
         "accumulate": 2 if name == "accumulate" else 1,
         "clip_norm": 0.1 if name.startswith("clip") else None,
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"weight_decay": 0.5}},
+        "optimizer": {
+            "class_path": "torch.optim.AdamW",
+            "init_args": {"weight_decay": 0.5, "fused": name == "channels_last"},
+        },
         "lr": 0.01,
     }
     return SFF(backbone=network, num_classes=10, input_shape=(1, 8, 8), head=plain_head, **arguments)
@@ -120,7 +124,8 @@ def trainer(**settings):
     )  # fmt: skip
 
 
-SCENARIOS = ["manual", "automatic", "accumulate", "clip", "clip_automatic", "unused", "unused_automatic", "norm"]
+SCENARIOS = ["manual", "automatic", "accumulate", "clip", "clip_automatic", "unused", "unused_automatic"]
+SCENARIOS += ["channels_last", "norm"]
 
 
 def main(folder):
