@@ -26,7 +26,8 @@ def class_goodness(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (B, K), float32, or float64 for features of float64.
     """
-    if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad or bias.requires_grad):
+    trains = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad or bias.requires_grad)
+    if trains or torch.is_autocast_enabled(features.device.type):  # which would narrow the second way
         return _ClassGoodness.apply(features, weight, bias)
     return _goodness(features.flatten(2), weight, bias)
 

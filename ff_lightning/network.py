@@ -7,6 +7,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -19,6 +20,7 @@ from ff_lightning.inference import VOTES
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.partition import Block, Granularity, State, partition
 from ff_lightning.partition.block import main_output
+from ff_lightning.partition.trace import evaluating
 from ff_lightning.suggest import unknown
 
 Norm = Literal["layer", "channel", "length", "none"]
@@ -121,15 +123,6 @@ class LocalNet(nn.Module):
         if not wanted:
             raise ValueError(f"train_blocks={blocks!r}: at least one block must be trained")
         self.trained = frozenset(wanted)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "LocalNet":
-        """Switch the trained blocks to training or evaluation; the others stay in evaluation."""
-        super().train(mode)
-        for k in set(range(len(self.blocks))) - self.trained:
-            self.blocks[k].eval()
-            self.heads[k].eval()
-        return self
 
     def append(self, name: str, model: nn.Module, granularity: Granularity = "block") -> list[int]:
         """Put further blocks on top of the network; those below keep their weights.
@@ -143,17 +136,15 @@ class LocalNet(nn.Module):
             The numbers of the new blocks, for `train_only`.
         """
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        mode = self.training
-        with torch.no_grad():
+        with evaluating(self):
             state: State = torch.zeros(1, *self.input_shape, device=device)
-            for k, block in enumerate(self.eval().blocks):
+            for k, block in enumerate(self.blocks):
                 state, _ = self._run(k, cast(Block, block), state, False)
         added = partition(nn.Sequential(OrderedDict([(name, model)])), granularity, main_output(state))
         first = len(self.blocks)
         self.blocks.extend(added)
         self.heads.extend(self._make_heads(added, device))
         self.trained |= set(range(first, first + len(added)))
-        self.train(mode)
         return list(range(first, first + len(added)))
 
     def _make_heads(self, blocks: Iterable[Block], device: torch.device) -> list[nn.Module]:
@@ -197,15 +188,23 @@ class LocalNet(nn.Module):
             raise ValueError(f"images of shape {tuple(x.shape[1:])}: the network was built for {self.input_shape}")
         state: State = x
         for k, block in enumerate(self.blocks):
-            with self._graph_of(k):
+            with self._mode_of(k):
                 state, features = self._run(k, cast(Block, block), state, with_heads)
                 result = cast(Tensor, self.heads[k](features) if with_heads else features)
             del features  # the output of this block is not to be alive while the next one runs
             yield result
 
-    def _graph_of(self, k: int) -> torch.set_grad_enabled:
-        """Whether the operations inside are recorded: only for a block that is trained."""
-        return torch.set_grad_enabled(torch.is_grad_enabled() and k in self.trained)
+    @contextmanager
+    def _mode_of(self, k: int) -> Iterator[None]:
+        """A block that is not trained runs without a graph and in eval mode.
+
+        The mode is set for each run, since blocks may share modules without weights, such as a dropout.
+        """
+        if k in self.trained:
+            yield
+        else:
+            with evaluating(self.blocks[k]), evaluating(self.heads[k]):
+                yield
 
     def _run(self, k: int, block: Block, state: State, for_head: bool) -> tuple[State, Tensor]:
         """Run a block: what the next one may see of it, and its output with its graph, normalised but for a head."""
@@ -364,8 +363,9 @@ class _Deliver(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the local gradients of this loss were already delivered: compute the loss again")
-        for of_block, factor in zip(gradients, arriving / ctx.scale, strict=False):  # blocks that did not run: no loss
-            present = [gradient for gradient in of_block if gradient is not None]
-            if present:
-                torch._foreach_mul_(present, factor)
+        for k, factor in enumerate(arriving / ctx.scale):  # fewer than blocks, where the last ones did not run
+            present = [gradient for gradient in gradients[k] if gradient is not None]
+            # not in place: two parameters may have been given the same tensor, or one that repeats its values
+            scaled = iter(torch._foreach_mul(present, factor) if present else ())
+            gradients[k] = [None if gradient is None else next(scaled) for gradient in gradients[k]]
         return None, None, None, *(gradient for of_block in gradients for gradient in of_block)

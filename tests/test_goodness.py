@@ -29,6 +29,15 @@ def test_goodness_equals_its_definition(kernel):
     torch.testing.assert_close(class_goodness(h, weight, bias), naive_goodness(h, weight, bias))
 
 
+@pytest.mark.parametrize("classes", [4, 100])
+def test_goodness_in_float16_is_the_same_with_and_without_gradients(classes):
+    h, weight, bias = 10 * torch.rand(2, 16, 64, 64), torch.randn(classes, 16, 1, 1), torch.randn(classes)
+    with torch.autocast("cpu", torch.float16):
+        without = class_goodness(h.half(), weight, bias)
+        assert torch.equal(class_goodness(h.half(), weight.requires_grad_(), bias), without)
+    torch.testing.assert_close(without, class_goodness(h, weight, bias).detach(), atol=0, rtol=0.01)
+
+
 def test_temperature_divides_the_goodness():
     cold, warm = (GoodnessHead(3, 4, temperature=t, depth=0) for t in (0.5, 2.0))
     warm.classes.load_state_dict(cold.classes.state_dict())

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ff_lightning import SFF, Backprop, data
 from ff_lightning.goodness import GoodnessHead
@@ -362,8 +363,53 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_a_schedule_needs_the_length_of_the_run(make_trainer, digits):
-    with pytest.raises(ValueError, match="set max_epochs or max_steps"):
+    with pytest.raises(ValueError, match="lr_scheduler='onecycle' must know the length of the run: set max_epochs"):
         make_trainer(max_epochs=-1).fit(make(), digits)
+
+
+class Stream(IterableDataset):
+    """Six batches that do not tell how many they are."""
+
+    def __iter__(self):
+        return iter([(torch.randn(4, 1, 8, 8), torch.arange(4))] * 6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_data_that_do_not_tell_their_length(accumulate, make_trainer):
+    settings = {"limit_train_batches": None, "limit_val_batches": 0}
+    with pytest.raises(ValueError, match=r"lr_scheduler='cosine' must know .* max_steps where the data do not tell"):
+        make_trainer(**settings).fit(make(lr_scheduler="cosine"), DataLoader(Stream(), batch_size=None))
+    trainer = make_trainer(max_steps=5, **settings)
+    trainer.fit(make(accumulate=accumulate), DataLoader(Stream(), batch_size=None))
+    assert [config.scheduler.total_steps for config in trainer.lr_scheduler_configs] == [5, 5, 5]
+    assert trainer.global_step == 5
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_onecycle_gives_no_momentum_to_an_optimizer_without(momentum, make_trainer, digits):
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"momentum": momentum}}
+    used = set()
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, *args):
+            used.add(trainer.optimizers[0].param_groups[0]["momentum"])
+
+    make_trainer(callbacks=[Watch()]).fit(make(optimizer=optimizer), digits)
+    assert (used == {0}) == (momentum == 0)
+
+
+def test_onecycle_goes_with_an_optimizer_that_knows_no_momentum(make_trainer, digits):
+    model = make(optimizer=torch.optim.Adagrad)
+    before = {key: value.clone() for key, value in weights(model).items()}
+    make_trainer().fit(model, digits)
+    assert not torch.equal(before["net.blocks.0.body.0.weight"], weights(model)["net.blocks.0.body.0.weight"])
+
+
+def test_a_one_cycle_scheduler_of_the_user_may_count_epochs(make_trainer, digits):
+    scheduler = {"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 2}}
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(make(lr_scheduler=scheduler), digits)
+    assert [config.scheduler.last_epoch for config in trainer.lr_scheduler_configs] == [2, 2, 2]
 
 
 def test_small_stem_keeps_the_resolution():

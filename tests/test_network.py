@@ -72,6 +72,23 @@ def test_delivered_losses_can_be_weighted():
     assert_same(gradients(one), gradients(two), exact=False)
 
 
+def test_parameters_with_one_gradient_each_get_it_once():
+    class SumOfWeights(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.change = nn.Parameter(torch.randn(4, 1, 3, 3)), nn.Parameter(torch.zeros(4, 1, 3, 3))
+
+        def forward(self, x):
+            return torch.conv2d(x, self.weight + self.change).relu()
+
+    one = LocalNet(nn.Sequential(SumOfWeights(), nn.Conv2d(4, 4, 3)), 10, input_shape=(1, 8, 8))
+    two = copy.deepcopy(one)
+    for loss in one.local_losses(X, Y):
+        (loss / 4).backward()
+    (two.loss(X, Y) / 4).backward()
+    assert_same(gradients(one), gradients(two), exact=False)
+
+
 def test_step_per_block_equals_one_step_on_the_sum():
     one, two = make(), make()
     optimizers = [torch.optim.AdamW(one.block_parameters(k), lr=0.01) for k in range(3)]

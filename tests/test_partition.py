@@ -109,6 +109,45 @@ def test_a_layer_used_twice_belongs_to_one_block():
     assert [sorted({k.split(".")[0] for k in b.body.state_dict()}) for b in blocks] == [["first"], ["again"], ["last"]]
 
 
+def test_layers_that_share_a_weight_belong_to_one_block():
+    first, second = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+    second.weight = first.weight
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), first, nn.ReLU(), second, nn.ReLU())
+    assert [block.name for block in partition(model, "layer", torch.zeros(1, 3, 16, 16))] == ["0", "2...4"]
+
+
+class Functions(nn.Module):
+    """Functions in the network's own forward: activations in place, whose result is not used, a dropout at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 10)
+        self.kept = None
+
+    def forward(self, x):
+        x = self.a(x)
+        F.relu(x, inplace=True)
+        x = self.b(x)
+        F.relu(x, inplace=True)
+        self.kept = x
+        return self.fc(F.dropout(x.mean((2, 3)), 0.5, self.training))
+
+
+def test_functions_in_place_and_a_dropout_of_the_classifier():
+    model, x = Functions(), torch.randn(2, 3, 8, 8)
+    blocks = partition(model, "layer", x[:1])
+    assert [block.name for block in blocks] == ["a", "b"]
+    model(x)
+    assert torch.equal(run(blocks, x), model.kept)
+
+
+def test_a_map_with_as_many_rows_as_the_last_layer_has_channels():
+    model = models.densenet121()
+    blocks = partition(model, "block", torch.zeros(1, 3, 128, 256))
+    assert blocks[1].map_shape == (256, 32, 64), "32 is also what each layer of a dense block adds"
+    assert [block.channel_dim for block in blocks] == [1] * len(blocks)
+
+
 def test_names_cut_after_the_modules():
     blocks = partition(models.resnet18(), ["layer1", "layer3"], torch.zeros(1, 3, 64, 64))
     assert [block.name for block in blocks] == ["conv1...layer1.1.conv2", "layer2.0.conv1...layer3.1.conv2", "layer4"]

@@ -214,6 +214,14 @@ def test_interrupted_in_the_turn_of_a_block(make_trainer, tmp_path):
     assert_same(whole, model)
 
 
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+def test_a_schedule_is_not_run_beyond_its_end(schedule, make_trainer, tmp_path):
+    fit(make_trainer, make(lr_scheduler=schedule), max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
+    message = f"lr_scheduler='{schedule}' of the checkpoint was made for 5 steps, this run has 10: resume with"
+    with pytest.raises(ValueError, match=message):
+        fit(make_trainer, make(lr_scheduler=schedule), max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
+
+
 def test_a_truncated_checkpoint_is_refused_by_name(make_trainer, tmp_path):
     path = tmp_path / "cut.ckpt"
     trainer = fit(make_trainer, make(), max_epochs=1)

@@ -67,6 +67,36 @@ def test_what_is_not_trained_keeps_nothing_for_backward():
     assert kept == [(False, False), (True, True)], "block 2 did not run"
 
 
+class OneDropout(nn.Module):
+    """Two blocks that share their dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.drop = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.b(self.drop(self.a(x).relu())).relu())
+
+
+def test_a_shared_dropout_is_at_work_in_the_trained_block_only():
+    net = LocalNet(OneDropout(), 10, "layer", input_shape=(1, 8, 8))
+    net.train_only([1])
+    x = torch.randn(8, 1, 8, 8)
+    (held, trained), (held_again, trained_again) = (list(net.local_goodness(x)) for _ in range(2))
+    assert torch.equal(held, held_again)
+    assert not torch.equal(trained, trained_again)
+
+
+@pytest.mark.parametrize("blocks", [None, [0, 1]])
+def test_a_module_that_was_put_into_evaluation_stays_there(blocks, make_trainer, digits):
+    network = small_net()
+    held = network[2].norm.eval()
+    make_trainer().fit(SFF(backbone=network, train_blocks=blocks, **SHAPE), digits)
+    assert not held.training
+    assert torch.equal(held.running_mean, torch.zeros(4))
+    assert network[3].norm.running_mean.any() == (blocks is None)
+
+
 def test_a_frozen_backbone_trains_the_heads(make_trainer, digits):
     model = make()
     model.net.blocks.requires_grad_(False)
@@ -100,6 +130,31 @@ def test_greedy_trains_one_block_after_the_other(make_trainer, digits):
     assert [(s.last_epoch, s.total_steps) for s in schedules] == [(6, 6)] * 3, "each the whole schedule in its turn"
     assert moved_blocks(model, before) == {0, 1, 2}
     assert (model.net.trained, model.net.voters) == (frozenset({0, 1, 2}), None)
+
+
+def test_a_schedule_of_epochs_runs_in_the_turn_of_its_block(make_trainer, digits):
+    scheduler = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1, "gamma": 0.5}}
+    rates = []
+
+    class Rates(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            rates.append([optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers])
+
+    model = make(lr=8.0, lr_scheduler=scheduler, optimizer=torch.optim.SGD, clip_norm=1e-6)
+    make_trainer(max_epochs=6, callbacks=[GreedyBlocks(2), Rates()]).fit(model, digits)
+    assert rates == [[8, 8, 8], [4, 8, 8], [2, 8, 8], [2, 4, 8], [2, 2, 8], [2, 2, 4]]
+
+
+def test_those_that_voted_when_a_checkpoint_was_written_vote_when_it_is_loaded(make_trainer, digits, tmp_path):
+    class Save(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    make_trainer(max_epochs=3, callbacks=[GreedyBlocks(1), Save()]).fit(make(), digits)
+    x = torch.randn(2, 1, 8, 8)
+    for epoch in range(3):
+        net = SFF.load_from_checkpoint(tmp_path / f"{epoch}.ckpt", backbone=small_net()).eval().net
+        torch.testing.assert_close(net(x), net.goodness(x)[: epoch + 1].mean(0))
 
 
 def test_after_their_turns_all_blocks_can_be_trained_together(make_trainer, digits):

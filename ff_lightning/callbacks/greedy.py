@@ -50,12 +50,11 @@ class GreedyBlocks(Callback):
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the turn to the next block, when it is time."""
+        """Give the turn to the block whose time it is."""
         net = cast(Any, pl_module.net)
         k = trainer.current_epoch // self.epochs_per_block
-        if net.voters != k + 1:
-            net.train_only([k])
-            net.voters = k + 1
+        net.train_only([k])
+        net.voters = k + 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All blocks are trained from here on, and vote."""

@@ -253,9 +253,10 @@ class LocalLearner(Reporting):
         """Report what is left of the epoch, and step the schedulers that count epochs."""
         if self.train_losses.update_called:
             self._log_losses()
-        if not self.automatic_optimization and not self._schedulers_count_steps:
-            for scheduler in _as_list(self.lr_schedulers()):
-                step_epoch_scheduler(scheduler, self.trainer.callback_metrics)
+        schedulers = _as_list(self.lr_schedulers())
+        if schedulers and not self.automatic_optimization and not self._schedulers_count_steps:
+            for k in self._stepping:
+                step_epoch_scheduler(schedulers[self._optimizer_of_block[k]], self.trainer.callback_metrics)
 
     # ------------------------------------------------------------------------------------------------------ optimizers
 
@@ -317,8 +318,6 @@ class LocalLearner(Reporting):
         """Compare the model with the data; have checkpoints written that are whole or not there."""
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message=message)
-        if len(self.net.trained) < len(self.net.blocks):
-            warnings.filterwarnings("ignore", message="Found .* in eval mode")  # the blocks that are held
         strategy = self.trainer.strategy
         checks.check_strategy(strategy)
         if type(strategy.checkpoint_io) is TorchCheckpointIO:

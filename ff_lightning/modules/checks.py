@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
-from torch.optim.lr_scheduler import OneCycleLR
 
 from ff_lightning.modules.schedules import Schedule, total_steps
 from ff_lightning.suggest import unknown
@@ -123,11 +122,14 @@ def check_data(num_classes: int, input_shape: tuple[int, ...], data: Any) -> Non
 
 
 def check_schedules(schedulers: Iterable[Any], module: Any) -> None:
-    """Raise ValueError if a one-cycle schedule, restored from a checkpoint, ends before the run does."""
+    """Raise ValueError if a schedule by name, restored from a checkpoint, ends before the run does."""
+    if module.schedule not in ("onecycle", "cosine"):
+        return
     for scheduler in schedulers:
-        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < (wanted := total_steps(module)):
+        steps = scheduler.total_steps if module.schedule == "onecycle" else scheduler.T_max
+        if steps < (wanted := total_steps(module)):
             raise ValueError(
-                f"lr_scheduler='onecycle' of the checkpoint was made for {scheduler.total_steps} steps, this run has "
+                f"lr_scheduler={module.schedule!r} of the checkpoint was made for {steps} steps, this run has "
                 f"{wanted}: resume with the max_epochs of the first run, or start a new run with weights=FILE instead "
                 "of ckpt_path=FILE"
             )

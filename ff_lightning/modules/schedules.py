@@ -18,8 +18,10 @@ def make_scheduler(module: Any, optimizer: Optimizer) -> LRScheduler | ReduceLRO
     if module.schedule == "constant":
         return None
     if module.schedule == "onecycle":
-        rates = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, max_lr=rates, total_steps=total_steps(module))
+        groups = optimizer.param_groups
+        momentum = any("betas" in group or group.get("momentum") for group in groups)
+        rates = [group["lr"] for group in groups]
+        return OneCycleLR(optimizer, max_lr=rates, total_steps=total_steps(module), cycle_momentum=momentum)
     if module.schedule == "cosine":
         return CosineAnnealingLR(optimizer, T_max=total_steps(module))
     made: LRScheduler | ReduceLROnPlateau = to_factory("lr_scheduler", module.schedule)(optimizer)
@@ -30,12 +32,13 @@ def total_steps(module: Any) -> int:
     """Number of optimizer steps of each block: those of the whole run, or of its turn where blocks take turns."""
     trainer = module.trainer
     steps = trainer.estimated_stepping_batches
-    if math.isinf(steps):
+    if math.isinf(steps) or steps < 0:
         raise ValueError(
-            f"lr_scheduler={module.schedule!r} must know the length of the run: set max_epochs or max_steps of the "
-            "Trainer, or lr_scheduler='constant'"
+            f"lr_scheduler={module.schedule!r} must know the length of the run: set max_epochs of the Trainer, or "
+            "max_steps where the data do not tell how many they are, or lr_scheduler='constant'"
         )
-    if module.accumulate > 1 and trainer.max_epochs not in (None, -1):
+    counted = trainer.max_epochs not in (None, -1) and not math.isinf(trainer.num_training_batches)
+    if module.accumulate > 1 and counted:
         in_epochs = math.ceil(trainer.num_training_batches / module.accumulate) * trainer.max_epochs
         steps = in_epochs if trainer.max_steps == -1 else min(in_epochs, trainer.max_steps)
     return math.ceil(steps / module.turns)

@@ -72,6 +72,16 @@ class SFF(LocalLearner):
         if train_blocks is not None:
             self.net.train_only(train_blocks)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add which blocks vote so far, where they are trained one after the other."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ff_lightning"]["voters"] = self.net.voters
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let those blocks vote that were trained when the checkpoint was written."""
+        super().on_load_checkpoint(checkpoint)
+        self.net.voters = checkpoint.get("ff_lightning", {}).get("voters")
+
     def append_blocks(self, name: str, model: nn.Module, granularity: Granularity = "block") -> list[int]:
         """Put further blocks on top of the network, and train only them.
 

@@ -74,7 +74,8 @@ def build_blocks(features: Features, cuts: Sequence[int]) -> list[Block]:
         graph = _body(features, features.ops[start:end], whole, inputs, outputs)
         body = fx.GraphModule(features.model, graph)
         block = Block(_name(features, start, end), body, features.channel_dim(end))
-        block.train(features.model.training)
+        for module in set(block.modules()) - set(features.model.modules()):
+            module.training = features.model.training
         with evaluating(block):
             state = _run_untouched(block, state)
         block.map_shape = tuple(block.to_map(main_output(state)).shape[1:])

@@ -113,15 +113,12 @@ def named_cuts(features: Features, names: Sequence[str]) -> list[int]:
 
 
 def keep_shared_together(features: Features, cuts: Iterable[int]) -> list[int]:
-    """Without the cuts between two uses of the same parameters: a parameter belongs to one unit."""
-    first: dict[str, int] = {}
+    """Without the cuts between two uses of the same parameters, under whatever names: each belongs to one unit."""
+    first: dict[int, int] = {}
     joined: set[int] = set()
     for i, op in enumerate(features.ops):
-        owned = [a.target for a in op.node.all_input_nodes if a.op == "get_attr"]
-        if op.node.op == "call_module" and op.has_state:
-            owned.append(op.node.target)
-        for target in map(str, owned):
-            joined.update(range(first.setdefault(target, i) + 1, i + 1))
+        for state in op.state:
+            joined.update(range(first.setdefault(id(state), i) + 1, i + 1))
     return [cut for cut in cuts if cut not in joined]
 
 

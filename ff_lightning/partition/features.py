@@ -15,6 +15,7 @@ from ff_lightning.partition.trace import Call, default_example, own_operations, 
 
 _ACTIVATIONS = {"relu", "relu_", "relu6", "leaky_relu", "gelu", "elu", "silu", "hardswish", "tanh", "sigmoid"}
 _ELEMENTWISE = {"add", "iadd", "mul", "imul", "sub", "truediv", "cat", "concat", "expand", "where", "getitem", "stack"}
+_PERMUTATIONS = {"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "rearrange"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Op:
         path: The names of these modules.
         shape: Shape of its result for the example, or None where the result is not a tensor.
         weights: Its weight tensors of at least two dimensions: what makes it a layer of its own.
-        has_state: Whether it has parameters or buffers at all.
+        state: All its parameters and buffers.
         is_bundle: Whether its result is a tuple of tensors, which cannot cross a border as it is.
     """
 
@@ -36,7 +37,7 @@ class Op:
     path: tuple[str, ...]
     shape: tuple[int, ...] | None
     weights: tuple[Tensor, ...]
-    has_state: bool
+    state: tuple[Any, ...]
     is_bundle: bool
 
     @property
@@ -88,12 +89,16 @@ class Features:
     def channel_dim(self, cut: int) -> int:
         """Which dimension of the last tensor before a cut counts channels.
 
-        It is the one whose extent is the output width of the last layer before the cut; where that fits none or
-        several of them, dimension 1 of a map and the last one of a row of tokens.
+        Behind a convolution it is dimension 1, until the dimensions are permuted. Else it is the one whose extent is
+        the output width of the last layer before the cut; where that fits none or several of them, dimension 1 of a
+        map and the last one of a row of tokens.
         """
         shape = self._last_shape(cut)
-        layer = next((op for op in reversed(self.ops[:cut]) if op.weights), None)
-        widths = {weight.shape[0] for weight in layer.weights} if layer else set()
+        last = next((i for i in reversed(range(cut)) if self.ops[i].weights), None)
+        since = () if last is None else self.ops[last:cut]
+        if since and _is_convolution(self.model, since[0]) and not any(_permutes(self.model, op) for op in since):
+            return 1
+        widths = {weight.shape[0] for weight in since[0].weights} if since else set()
         fitting = [dim for dim in range(1, len(shape)) if shape[dim] in widths]
         return fitting[0] if len(fitting) == 1 else (len(shape) - 1 if len(shape) == 3 else 1)
 
@@ -106,17 +111,20 @@ class Features:
         return next(op.shape for op in reversed(self.ops[:cut]) if op.shape is not None)
 
 
-def _weights(model: nn.Module, node: fx.Node) -> tuple[tuple[Tensor, ...], bool]:
-    """The weight tensors (two dimensions or more) of an operation, and whether it has any state at all."""
+def _state(model: nn.Module, node: fx.Node) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """The weight tensors (two dimensions or more) of an operation, and all its parameters and buffers."""
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
-        has_state = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-        return tuple(p for p in module.parameters() if p.ndim >= 2), has_state
-    tensors = [_get_attribute(model, str(arg.target)) for arg in node.all_input_nodes if arg.op == "get_attr"]
-    name = str(getattr(node.target, "__name__", node.target)).strip("_")
-    if name in _ELEMENTWISE or not tensors:
-        return (), bool(tensors)
-    return tuple(t for t in tensors if isinstance(t, nn.Parameter) and t.ndim >= 2), True
+        return tuple(p for p in module.parameters() if p.ndim >= 2), (*module.parameters(), *module.buffers())
+    state = tuple(_get_attribute(model, str(arg.target)) for arg in node.all_input_nodes if arg.op == "get_attr")
+    if _function(node).strip("_") in _ELEMENTWISE:
+        return (), state
+    return tuple(t for t in state if isinstance(t, nn.Parameter) and t.ndim >= 2), state
+
+
+def _function(node: fx.Node) -> str:
+    """Name of the function or method that an operation calls."""
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _get_attribute(model: nn.Module, name: str) -> Any:
@@ -138,28 +146,29 @@ def read_features(model: nn.Module, example: Tensor | None = None) -> Features:
         ValueError: If the model cannot be traced, does not take the example, or has no layer with weights.
     """
     training = [module for module in model.modules() if module.training]
-    own = []
-    for mode in (True, False):
-        model.train(mode)
-        graph, calls = trace(model)
-        own.append(own_operations(graph))
+    model.train()
+    graph_of_training, _ = trace(model)
+    model.eval()
+    graph, calls = trace(model)
     for module in training:
         module.training = True
-    two_faced = frozenset(call for call in {*own[0], *own[1]} if own[0].get(call) != own[1].get(call))
     example = default_example(model, graph) if example is None else example
     shapes, bundles = read_shapes(model, graph, example)
     ops = []
     for node in _flow(graph):
         stack = node.meta.get("nn_module_stack", {})
-        weights, has_state = _weights(model, node)
-        ops.append(Op(node, tuple(stack), path(node), shapes.get(node), weights, has_state, node in bundles))
+        weights, state = _state(model, node)
+        ops.append(Op(node, tuple(stack), path(node), shapes.get(node), weights, state, node in bundles))
     if not any(op.weights for op in ops):
         raise ValueError(f"{type(model).__name__} has no layer with weights: there is nothing to train")
     end = _end_of_features(model, ops)
     while ops[end - 1].shape is None:
         end -= 1
-    used = _ancestors(ops[end - 1].node)
-    kept = tuple(op for op in ops[:end] if op.node in used or _has_side_effect(model, op.node))
+    needed = [_needed(model, g, ops[end - 1].node.name) for g in (graph_of_training, graph)]
+    own = [own_operations(nodes) for nodes in needed]
+    two_faced = frozenset(call for call in {*own[0], *own[1]} if own[0].get(call) != own[1].get(call))
+    used = {*needed[1]}
+    kept = tuple(op for op in ops[:end] if op.node in used)
     images = next(node for node in graph.nodes if node.op == "placeholder")
     return Features(model, kept, tuple(ops[end:]), calls, two_faced, images, example)
 
@@ -177,30 +186,32 @@ def _flow(graph: fx.Graph) -> list[fx.Node]:
     return flow
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
+def _needed(model: nn.Module, graph: fx.Graph, name: str) -> list[fx.Node]:
+    """All that the node of this name is made of, in order, or every node where there is none of this name."""
     found: set[fx.Node] = set()
-    todo = [node]
+    todo = [node for node in graph.nodes if node.name == name] or list(graph.nodes)
     while todo:
         node = todo.pop()
         if node not in found:
             found.add(node)
             todo.extend(node.all_input_nodes)
-    return found
+    return [node for node in graph.nodes if node in found or _has_side_effect(model, node)]
 
 
 def _has_side_effect(model: nn.Module, node: fx.Node) -> bool:
     """Whether the operation matters though nothing uses its result: an assertion, or a change in place."""
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False)) and not node.users
-    name = str(getattr(node.target, "__name__", node.target))
-    return not node.users and (name == "_assert" or (name.endswith("_") and not name.startswith("_")))
+    name = _function(node)
+    in_place = node.kwargs.get("inplace") is True or (name.endswith("_") and not name.startswith("_"))
+    return not node.users and (name == "_assert" or in_place)
 
 
 def _end_of_features(model: nn.Module, ops: Sequence[Op]) -> int:
     """Number of operations that belong to the feature part."""
     end = _start_of_classifier(model, ops)
     tail = end
-    while tail > 1 and not ops[tail - 1].has_state:
+    while tail > 1 and not ops[tail - 1].state:
         tail -= 1
         before, after = ops[tail - 1].shape or (), ops[tail].shape or ()
         flattens = len(before) > 2 and len(after) == 2
@@ -231,7 +242,20 @@ def _start_of_classifier(model: nn.Module, ops: Sequence[Op]) -> int:
 def _is_adaptive_pool(model: nn.Module, op: Op) -> bool:
     if op.node.op == "call_module":
         return isinstance(model.get_submodule(str(op.node.target)), nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d)
-    return str(getattr(op.node.target, "__name__", "")).startswith("adaptive_")
+    return _function(op.node).startswith("adaptive_")
+
+
+def _is_convolution(model: nn.Module, op: Op) -> bool:
+    if op.node.op == "call_module":
+        return isinstance(model.get_submodule(str(op.node.target)), nn.modules.conv._ConvNd)
+    return _function(op.node) in ("conv1d", "conv2d", "conv3d")
+
+
+def _permutes(model: nn.Module, op: Op) -> bool:
+    """Whether the operation changes the order of the dimensions."""
+    if op.node.op == "call_module":
+        return type(model.get_submodule(str(op.node.target))).__name__ in ("Permute", "Rearrange")
+    return _function(op.node) in _PERMUTATIONS
 
 
 def _is_activation(model: nn.Module, op: Op) -> bool:
@@ -240,4 +264,4 @@ def _is_activation(model: nn.Module, op: Op) -> bool:
         return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(
             module, nn.Softmax | nn.LogSoftmax
         )
-    return str(getattr(op.node.target, "__name__", op.node.target)) in _ACTIVATIONS
+    return _function(op.node) in _ACTIVATIONS

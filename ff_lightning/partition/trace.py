@@ -1,7 +1,7 @@
 """Tracing a network: its operations, the calls of its modules, and the shapes of what they make."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,10 +88,10 @@ def trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Call]]:
             ) from error
 
 
-def own_operations(graph: fx.Graph) -> dict[str, list[str]]:
+def own_operations(nodes: Iterable[fx.Node]) -> dict[str, list[str]]:
     """What each call of a module does itself, without the modules inside of it."""
     own: dict[str, list[str]] = {}
-    for node in graph.nodes:
+    for node in nodes:
         if node.op != "get_attr":
             args = fx.node.map_arg((node.args, node.kwargs), lambda _: "node")
             own.setdefault(_last(node.meta.get("nn_module_stack", {})), []).append(f"{node.op} {node.target} {args}")
