@@ -263,7 +263,7 @@ def test_a_loader_goes_on_where_it_stopped_with_the_same_images(image_folder, wo
     whole = batches(module.train_dataloader())
     module.num_workers = workers
     loader = module.train_dataloader()
-    loader.load_state_dict({"given": 7})
+    loader.load_state_dict({"epoch": 3, "given": 7})
     rest, following = batches(loader), batches(loader)
     assert len(whole) == 10
     assert torch.equal(torch.stack(rest), torch.stack(whole[7:]))
@@ -317,6 +317,41 @@ def test_a_trainer_gives_the_batches_of_a_plain_loop(make_trainer, flags):
     seen.clear()
     trainer.predict(model, module)
     assert torch.equal(seen[0][0], next(iter(module.test_dataloader()))[0])
+
+
+class Plain(pl.LightningModule):
+    """A user's own module, which notes the epoch and the images of each batch that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = torch.nn.Linear(3 * 16 * 16, 10), []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch[0]))
+        return torch.nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("limit", [1.0, 4])
+@pytest.mark.parametrize("step", [3, 4, 5])  # of 5 or 4 batches in an epoch
+def test_another_module_goes_on_with_the_same_batches_also_under_another_seed(
+    step, limit, make_trainer, tmp_path, monkeypatch
+):
+    def fit(seed, path=None, **settings):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        model = Plain()
+        trainer = make_trainer(max_epochs=2, limit_train_batches=limit, **settings)
+        trainer.fit(model, data.FakeImages(images=200, image_size=16, batch_size=32, num_workers=0), ckpt_path=path)
+        return model.seen
+
+    keep = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=step, save_top_k=-1, filename="{step}")
+    whole = fit(5, callbacks=[keep], enable_checkpointing=True)
+    resumed = fit(6, tmp_path / f"step={step}.ckpt")
+    assert len(whole) == 2 * (5 if limit == 1.0 else limit)
+    assert [epoch for epoch, _ in resumed] == [epoch for epoch, _ in whole[step:]]
+    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(resumed, whole[step:], strict=True))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

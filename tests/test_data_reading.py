@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ff_lightning import data
 from ff_lightning.data.reading import load_image
@@ -126,6 +126,30 @@ def test_a_stale_cache_is_made_anew(image_folder):
     assert second[0, 2].eq(255).all()
     (root / "test" / "cat" / "1.png").unlink()
     assert torch.equal(pixels(root), torch.cat([second[:1], second[2:]]))
+
+
+class Inverted(data.ImageFolder):
+    """A class of the user's with an argument of its own."""
+
+    def __init__(self, root, inverted=False):
+        super().__init__(root)
+        self.inverted = inverted
+
+    def read_test(self):
+        images = super().read_test()
+        if self.inverted:
+            images.loader = lambda path: ImageOps.invert(Image.open(path))
+        return images
+
+
+def test_a_cache_knows_the_arguments_of_a_class_of_the_user(image_folder):
+    root, found = image_folder(), []
+    for inverted in (False, True, False):
+        module = Inverted(str(root), inverted)
+        module.setup("test")
+        found.append(module.test_set.source.pixels.clone())
+    assert torch.equal(found[1], 255 - found[0])
+    assert torch.equal(found[2], found[0])
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])

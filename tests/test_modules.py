@@ -249,6 +249,22 @@ def test_a_loss_that_is_not_finite_names_the_block_and_keeps_the_checkpoint(make
     assert all(value.isfinite().all() for value in kept["state_dict"].values())
 
 
+def test_a_checkpoint_is_not_written_over_with_weights_that_are_not_finite(make_trainer, digits, tmp_path):
+    class Breaking(SFF):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_step == 4:
+                with torch.no_grad():
+                    self.net.heads[1].classes.weight.fill_(torch.nan)
+
+    keep = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=1, enable_version_counter=False)
+    trainer = make_trainer(max_epochs=3, log_every_n_steps=1000, enable_checkpointing=True, callbacks=[keep])
+    with pytest.raises(FloatingPointError, match=r"weights of block 1 \(2\) are not finite after step 5.* untouched"):
+        trainer.fit(make(Breaking), digits)
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 4
+    assert all(value.isfinite().all() for value in kept["state_dict"].values())
+
+
 def test_a_loss_that_is_not_finite_is_noticed_before_validation(make_trainer, digits):
     model = make()
     nn.init.constant_(model.net.heads[0].classes.weight, torch.nan)

@@ -37,3 +37,13 @@ def test_a_data_set_that_is_not_there(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main()
     assert "root='nowhere' must hold a folder 'train'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("--rows=0", "rows"), ("--out=nowhere/sheet.png", "out='nowhere/sheet.png': there is no folder 'nowhere'")],
+)
+def test_a_sheet_that_cannot_be_drawn(argument, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["sheet", argument])
+    assert message in capsys.readouterr().err

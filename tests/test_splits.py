@@ -1,8 +1,11 @@
 """Subsets, validation and choices of classes: stratified, apart, and the same for a seed everywhere."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 from ff_lightning import data
 from ff_lightning.data.sheet import counts
@@ -88,6 +91,18 @@ def test_classes_of_a_folder(image_folder):
     red, green, blue = torch.stack([image for image, _ in module.test_set]).float().mean((2, 3)).T
     assert torch.equal(module.test_set.labels == 0, blue > red), "cats are blue, ants are red"
     assert (green < torch.maximum(red, blue)).all()
+
+
+@pytest.mark.parametrize("given", ['["2", "10"]', '["10", 0, "2"]'])
+def test_classes_whose_names_are_numbers(given, image_folder):
+    root = str(image_folder(classes=[str(number) for number in range(11)], count=1))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(data.ImageData, "data")
+    arguments = ["--data=ff_lightning.data.ImageFolder", f"--data.root={root}", f"--data.classes={given}"]
+    module = parser.instantiate(parser.parse_args(arguments)).data
+    assert module.class_names == [str(name) for name in json.loads(given)]
+    with pytest.raises(ValueError, match=r"classes=\[0, 2\]: 2 is the number of a class and the name of another one"):
+        data.ImageFolder(root, classes=[0, 2])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ A data set says how its training and its test images are read; validation is cut
 of its own, and the test images are touched by ``test`` and ``predict`` alone.
 """
 
+import inspect
 import logging
 import math
 import os
@@ -105,7 +106,7 @@ class ImageData(LightningDataModule):
         samples_per_class: int | None = None,
         subset: int | None = None,
         val_from: ValFrom = "subset",
-        classes: list[int | str] | None = None,
+        classes: list[str | int] | None = None,  # text first: the command line takes the first type that fits
         download: bool = True,
         in_memory: bool | None = None,
         cache_dir: str | None = None,
@@ -140,6 +141,7 @@ class ImageData(LightningDataModule):
         self.samples_per_class, self.subset, self.val_from = samples_per_class, subset, val_from
         self.download = download
         self.in_memory, self.cache_dir, self.on_error = in_memory, cache_dir, on_error
+        self._order_seed = seed
         self.class_numbers: list[int] | None = None
         if classes is not None:
             if not hasattr(self, "class_names"):
@@ -182,7 +184,7 @@ class ImageData(LightningDataModule):
                 (self.val_set,) = self._splits("val", val_images, labels, np.flatnonzero(labels >= 0))
             else:
                 self.train_set, self.val_set = self._splits("train", images, labels, train, val)
-            self.train_set.augment(self._shuffle_seed(), *(self._augmentation() if self.augment else ("none", False)))
+            self._order_seed = int(os.environ.get("PL_GLOBAL_SEED", self.seed))
         else:
             images = self.read_test()
             labels = self._labels("test", images)
@@ -227,7 +229,7 @@ class ImageData(LightningDataModule):
                 content = read_all(reader, needed, self.num_workers, self.on_error)
             else:
                 path = self._cache_file(f"{name}-{self.input_shape[1]}")
-                settings = (FORMAT, self.input_shape, self.on_error)
+                settings = (FORMAT, self.input_shape, self.on_error, *self._own_arguments())
                 content = cached(
                     path, files, settings, lambda: read_all(reader, needed, self.num_workers, self.on_error)
                 )
@@ -245,6 +247,12 @@ class ImageData(LightningDataModule):
         folder = Path(self.cache_dir or Path(self.root, ".ff_lightning")).expanduser()
         return folder / f"{type(self).__name__}-{name}.pt"
 
+    def _own_arguments(self) -> tuple[Any, ...]:
+        """The class, and what it takes beyond the arguments of all sets: both may change what is read."""
+        common = inspect.signature(ImageData).parameters
+        own = {name: value for name, value in self.hparams.items() if name not in common and name[0] != "_"}
+        return type(self).__module__, type(self).__qualname__, *sorted(own.items())
+
     def _fits_in_memory(self, images: int) -> bool:
         return images * math.prod(self.input_shape) <= MEMORY_LIMIT if self.in_memory is None else self.in_memory
 
@@ -259,7 +267,8 @@ class ImageData(LightningDataModule):
         """Shuffled anew each epoch, the same way in a run that was resumed; the last partial batch is left out."""
         self._check_world(self.train_set, "training")
         full = len(self.train_set) >= self.batch_size * self._world()[0]
-        sampler = EpochSampler(self.train_set, *self._world(), seed=self._shuffle_seed(), drop_last=full)
+        self.train_set.augment(self._order_seed, *(self._augmentation() if self.augment else ("none", False)))
+        sampler = EpochSampler(self.train_set, *self._world(), seed=self._order_seed, drop_last=full)
         return self._loader(ResumableLoader, self.train_set, sampler, drop_last=full)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
@@ -307,9 +316,13 @@ class ImageData(LightningDataModule):
         """Where batches are augmented: where the Trainer uses them, or the CPU where there is no Trainer."""
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
-    def _shuffle_seed(self) -> int:
-        """The seed of `seed_everything`, so that runs with other seeds see other orders, alike on all processes."""
-        return int(os.environ.get("PL_GLOBAL_SEED", self.seed))
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the seed of order and augmentation, so that a run goes on with the same ones."""
+        return {"order_seed": self._order_seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with order and augmentation of the run that was interrupted."""
+        self._order_seed = state_dict["order_seed"]
 
 
 def _cores() -> int:

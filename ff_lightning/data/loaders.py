@@ -1,7 +1,7 @@
 """Loaders whose batches are made as a whole, and which go on where they stopped."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -98,26 +98,27 @@ class BatchLoader(DataLoader[Any]):
 
 
 class ResumableLoader(BatchLoader):
-    """A loader that goes on in the middle of an epoch: its state is the number of batches that it has given."""
+    """A loader that goes on in the middle of an epoch: its state is the number of batches that it has given in it."""
 
     given = 0
-    resume_at = 0
+    interrupted: Mapping[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # lazy: a Trainer calls iter() before it tells the sampler the epoch
-        self.given, self.resume_at = self.resume_at, 0
-        cast(EpochSampler, self.sampler).start = self.given * cast(int, self.batch_size)
+        sampler, state, self.interrupted = cast(EpochSampler, self.sampler), self.interrupted, None
+        self.given = state["given"] % len(self) if state and state["epoch"] == sampler.epoch else 0
+        sampler.start = self.given * cast(int, self.batch_size)
         for batch in super().__iter__():
             self.given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Number of batches given in this epoch."""
-        return {"given": self.given}
+        """The epoch, and the number of batches given in it."""
+        return {"epoch": cast(EpochSampler, self.sampler).epoch, "given": self.given}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next epoch after so many batches."""
-        self.resume_at = state["given"]
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Start after so many batches, if the next epoch is the one that was interrupted."""
+        self.interrupted = state
 
 
 class EpochSampler(DistributedSampler[Any]):

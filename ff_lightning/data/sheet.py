@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -24,8 +25,10 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="ff-lightning sheet", description="Augmented training images with their classes.")
     parser.add_subclass_arguments(ImageData, "data", default={"class_path": "ff_lightning.data.Digits"})
     parser.add_argument("--out", type=str, default="sheet.png", help="the picture to write")
-    parser.add_argument("--rows", type=int, default=4, help="rows of eight images")
+    parser.add_argument("--rows", type=PositiveInt, default=4, help="rows of eight images")
     settings = parser.parse_args(args)
+    if not Path(settings.out).parent.is_dir():
+        parser.error(f"out={settings.out!r}: there is no folder {str(Path(settings.out).parent)!r}")
     try:
         data: ImageData = parser.instantiate(settings).data
         data.prepare_data()

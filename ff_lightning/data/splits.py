@@ -20,10 +20,16 @@ def class_numbers(classes: Sequence[int | str], names: Sequence[str]) -> list[in
     """Numbers of classes that are given by number or by name.
 
     Raises:
-        ValueError: If one is not known or given twice, or if there are fewer than two.
+        ValueError: If one is not known or given twice, if there are fewer than two, or if a number is also the name of
+            another class.
     """
     numbers = []
     for given in classes:
+        if isinstance(given, int) and str(given) in names and list(names).index(str(given)) != given:
+            raise ValueError(
+                f"classes={list(classes)}: {given} is the number of a class and the name of another one: give names, "
+                f"as text ({str(given)!r})"
+            )
         if given in names:
             number = list(names).index(str(given))
         elif isinstance(given, int) and 0 <= given < len(names):

@@ -330,9 +330,12 @@ class LocalLearner(Reporting):
         self._interrupted = checkpoint.get("ff_lightning", {})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what `resume` says."""
+        """Add what `resume` says, unless the run went wrong."""
         trainer = self.trainer
-        in_window = trainer.state.fn == TrainerFn.FITTING and self._is_in_window
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self._check_weights()
+        in_window = fitting and self._is_in_window
         if trainer.is_last_batch:  # the next one is the first of an epoch
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         checkpoint["ff_lightning"] = {

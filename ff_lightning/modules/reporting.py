@@ -58,6 +58,15 @@ class Reporting(LightningModule):
                 )
         return losses
 
+    def _check_weights(self) -> None:
+        """Raise FloatingPointError if a weight is not finite: no checkpoint is written then."""
+        for k, block in enumerate(self.net.blocks):
+            if not all(parameter.isfinite().all() for parameter in self.net.block_parameters(k)):
+                raise FloatingPointError(
+                    f"the weights of block {k} ({block.name}) are not finite after step {self.global_step}: stopped, "
+                    "the last checkpoint is untouched; a lower lr or a clip_norm may help"
+                )
+
     def on_validation_start(self) -> None:
         """End a run that went wrong before its weights are taken for a checkpoint; make batch norms alike."""
         if self.train_losses.update_called:
