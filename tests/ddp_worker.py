@@ -163,6 +163,8 @@ def main(folder):
     run.test(model, module, verbose=False)
     samples = len(module.test_dataloader().sampler)
     torch.save({"samples": samples, "acc": run.callback_metrics["test/acc"]}, folder / f"test-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()  # or a thread of gloo may abort the process that ends first
 
 
 if __name__ == "__main__":
