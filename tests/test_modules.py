@@ -233,14 +233,20 @@ def test_accuracy_counts_every_sample_once(make_trainer):
     assert result[0]["test/loss"] == pytest.approx(nn.functional.cross_entropy(x[:, 0, 0], y).item(), rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_names_the_block_and_keeps_the_checkpoint(make_trainer, digits, tmp_path):
-    class Breaking(SFF):
-        def on_train_batch_start(self, batch, batch_idx):
-            if self.global_step == 4:
-                with torch.no_grad():
-                    self.net.heads[1].classes.weight.fill_(torch.inf)
+class Breaking(SFF):
+    """Goes wrong after four steps."""
 
+    broken = torch.nan
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_step == 4:
+            with torch.no_grad():
+                self.net.heads[1].classes.weight.fill_(self.broken)
+
+
+def test_a_loss_that_is_not_finite_names_the_block_and_keeps_the_checkpoint(make_trainer, digits, tmp_path):
     model = make(Breaking)
+    model.broken = torch.inf
     trainer = make_trainer(enable_checkpointing=True, callbacks=[ModelCheckpoint(tmp_path, save_last=True)])
     with pytest.raises(FloatingPointError, match=r"block 1 \(2\) became (nan|inf) in epoch 1"):
         trainer.fit(model, digits)
@@ -250,12 +256,6 @@ def test_a_loss_that_is_not_finite_names_the_block_and_keeps_the_checkpoint(make
 
 
 def test_a_checkpoint_is_not_written_over_with_weights_that_are_not_finite(make_trainer, digits, tmp_path):
-    class Breaking(SFF):
-        def on_train_batch_start(self, batch, batch_idx):
-            if self.global_step == 4:
-                with torch.no_grad():
-                    self.net.heads[1].classes.weight.fill_(torch.nan)
-
     keep = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=1, enable_version_counter=False)
     trainer = make_trainer(max_epochs=3, log_every_n_steps=1000, enable_checkpointing=True, callbacks=[keep])
     with pytest.raises(FloatingPointError, match=r"weights of block 1 \(2\) are not finite after step 5.* untouched"):

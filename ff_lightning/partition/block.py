@@ -64,6 +64,7 @@ def build_blocks(features: Features, cuts: Sequence[int]) -> list[Block]:
     """
     borders = [0, *cuts, len(features.ops)]
     whole = _undivided_calls(features, borders)
+    of_model = set(features.model.modules())
     blocks: list[Block] = []
     inputs = [features.input]
     state: State = features.example
@@ -74,7 +75,7 @@ def build_blocks(features: Features, cuts: Sequence[int]) -> list[Block]:
         graph = _body(features, features.ops[start:end], whole, inputs, outputs)
         body = fx.GraphModule(features.model, graph)
         block = Block(_name(features, start, end), body, features.channel_dim(end))
-        for module in set(block.modules()) - set(features.model.modules()):
+        for module in set(block.modules()) - of_model:
             module.training = features.model.training
         with evaluating(block):
             state = _run_untouched(block, state)
