@@ -145,6 +145,8 @@ class LocalNet(nn.Module):
         self.blocks.extend(added)
         self.heads.extend(self._make_heads(added, device))
         self.trained |= set(range(first, first + len(added)))
+        for module in (*self.blocks[first:], *self.heads[first:]):
+            module.train(self.training)
         return list(range(first, first + len(added)))
 
     def _make_heads(self, blocks: Iterable[Block], device: torch.device) -> list[nn.Module]:
