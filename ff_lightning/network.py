@@ -6,8 +6,9 @@ Shapes: B batch, C channels, H x W positions, K classes, L blocks.
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -44,12 +45,17 @@ class LocalNet(nn.Module):
             mean ``"log_softmax"``.
         input_shape: (C, H, W) of an image.
         loss: Module from goodness (B, K) and classes (B,) to a scalar. None: `LogSumExpLoss`.
+        reach: How many blocks a loss trains at most: its own, and those below it up to the last border. Above 1 the
+            network is cut behind every `reach` blocks only, one block further down at each pass, so that each border
+            is open most of the time and each block learns from the losses above it as well. Graphs of so many
+            blocks are then alive at once.
 
     Attributes:
         blocks: The blocks in order, each with a `name`.
         heads: The head of each block.
         trained: Numbers of the blocks that are trained; see `train_only`.
         voters: How many blocks, from the first one, take part in the vote; None: all.
+        passes: Passes with a graph so far; they decide where the borders lie.
         idle: The parameters that the last `delivered_losses` found without a gradient.
 
     Raises:
@@ -76,6 +82,7 @@ class LocalNet(nn.Module):
         vote: str = "mean",
         input_shape: Sequence[int] = (3, 32, 32),
         loss: nn.Module | None = None,
+        reach: int = 1,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -88,10 +95,14 @@ class LocalNet(nn.Module):
             raise ValueError(unknown("head", head, HEADS, f"one of {list(HEADS)} or a function (channels, classes)"))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         blocks = partition(model, granularity, torch.zeros(1, *input_shape, device=device))
+        if not 1 <= reach <= len(blocks):
+            raise ValueError(f"reach={reach}: must be 1 to {len(blocks)}, the number of blocks")
         self.head_factory = HEADS[head] if isinstance(head, str) else head
         self.num_classes = num_classes
         self.norm = norm
         self.vote = vote
+        self.reach = reach
+        self.passes = 0
         self.input_shape = tuple(input_shape)
         self.blocks = nn.ModuleList(blocks)
         self.heads = nn.ModuleList(self._make_heads(blocks, device))
@@ -139,7 +150,7 @@ class LocalNet(nn.Module):
         with evaluating(self):
             state: State = torch.zeros(1, *self.input_shape, device=device)
             for k, block in enumerate(self.blocks):
-                state, _ = self._run(k, cast(Block, block), state, False)
+                state, _ = self._run(k, cast(Block, block), state, False, True)
         added = partition(nn.Sequential(OrderedDict([(name, model)])), granularity, main_output(state))
         first = len(self.blocks)
         self.blocks.extend(added)
@@ -170,7 +181,7 @@ class LocalNet(nn.Module):
             ValueError: If the images have another number of channels than `input_shape`, or if a batch norm gets a
                 single value per channel.
         """
-        return self._pass(x, with_heads=False)
+        return self._pass(x, False, range(len(self.blocks)))
 
     def local_goodness(self, x: Tensor) -> Iterator[Tensor]:
         """The goodness (B, K) of one block after the other; the next block runs when it is asked for.
@@ -183,15 +194,16 @@ class LocalNet(nn.Module):
         Raises:
             ValueError: As `local_features`.
         """
-        return self._pass(x, with_heads=True)
+        return self._pass(x, True, range(len(self.blocks)))
 
-    def _pass(self, x: Tensor, with_heads: bool) -> Iterator[Tensor]:
+    def _pass(self, x: Tensor, with_heads: bool, borders: Container[int]) -> Iterator[Tensor]:
+        """Goodness or features of one block after the other; what leaves a block of `borders` is detached."""
         if x.ndim != len(self.input_shape) + 1 or x.shape[1] != self.input_shape[0]:
             raise ValueError(f"images of shape {tuple(x.shape[1:])}: the network was built for {self.input_shape}")
         state: State = x
         for k, block in enumerate(self.blocks):
             with self._mode_of(k):
-                state, features = self._run(k, cast(Block, block), state, with_heads)
+                state, features = self._run(k, cast(Block, block), state, with_heads, k in borders)
                 result = cast(Tensor, self.heads[k](features) if with_heads else features)
             del features  # the output of this block is not to be alive while the next one runs
             yield result
@@ -208,8 +220,8 @@ class LocalNet(nn.Module):
             with evaluating(self.blocks[k]), evaluating(self.heads[k]):
                 yield
 
-    def _run(self, k: int, block: Block, state: State, for_head: bool) -> tuple[State, Tensor]:
-        """Run a block: what the next one may see of it, and its output with its graph, normalised but for a head."""
+    def _run(self, k: int, block: Block, state: State, for_head: bool, detach: bool) -> tuple[State, Tensor]:
+        """Run a block: what the next one sees of it, and its output with its graph, normalised but for a head."""
         try:
             out = block(state)
         except ValueError as error:
@@ -217,18 +229,21 @@ class LocalNet(nn.Module):
         rest = out[1:] if isinstance(out, tuple) else ()
         main = main_output(out)
         if for_head:
-            features, outside = main, normalise(main.detach(), self.norm, block.channel_dim)
+            features, outside = main, normalise(main.detach() if detach else main, self.norm, block.channel_dim)
         else:
             features = normalise(main, self.norm, block.channel_dim)
             outside = features.detach()
-        return (outside, *map(_detach, rest)) if rest else outside, block.to_map(features)
+        if detach:
+            rest = tuple(map(_detach, rest))
+        return (outside, *rest) if rest else outside, block.to_map(features)
 
     def local_losses(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
         """The local loss of one block after the other, each with a graph of its own.
 
         The next block runs when the next loss is asked for: call backward (and step) in between, and only one graph
         is ever alive. With `train_only`, the loss of a block that is not trained has no graph, and there are none
-        after the last trained block.
+        after the last trained block. With `reach` above 1, a loss has no graph either unless a border follows its
+        block: the loss there brings the gradients of all blocks since the border before.
 
         Args:
             x: Images, (B, C, H, W).
@@ -238,17 +253,32 @@ class LocalNet(nn.Module):
             ValueError: If a class is outside 0 ... K-1 (checked on the CPU only, where it costs nothing).
         """
         check_classes(y, self.num_classes)
-        for k, goodness in enumerate(self.local_goodness(x)):
-            yield self.criterion(goodness, y)
+        borders = self._borders()
+        self.passes += torch.is_grad_enabled()
+        joined: list[Tensor] = []
+        for k, goodness in enumerate(self._pass(x, True, borders)):
+            loss = self.criterion(goodness, y)
+            if k in borders:
+                yield sum((other - other.detach() for other in joined), loss)  # the value of this loss alone
+                joined.clear()
+            else:
+                joined.append(loss)
+                yield loss.detach()
             if k == max(self.trained):
                 return
+
+    def _borders(self) -> set[int]:
+        """The blocks behind which the next pass is cut."""
+        moved = (k for k in range(len(self.blocks)) if (k + 1 + self.passes) % self.reach == 0)
+        between = (k for k in range(len(self.blocks)) if not {k, k + 1} <= self.trained)  # also behind the last block
+        return {*moved, *between}
 
     def delivered_losses(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """The local losses as one vector (L,), as many as `local_losses` gives, for any ordinary training loop.
 
         The local gradients are computed here, block after block, so that the graph of only one block is alive at any
         time. ``backward()`` of any scalar made of the vector hands them to the parameters, each times the gradient
-        that arrives at its loss.
+        that arrives at the loss of its block.
 
         Args:
             x: Images, (B, C, H, W).
@@ -262,13 +292,19 @@ class LocalNet(nn.Module):
         parameters = [self.block_parameters(k) for k in range(len(self.blocks))]
         gradients: list[Sequence[Tensor | None]] = [[None] * len(own) for own in parameters]
         losses: list[Tensor] = []
+        reached: list[int] = []
         for k, loss in enumerate(self.local_losses(x, y)):
-            if parameters[k] and loss.requires_grad:
-                gradients[k] = torch.autograd.grad(loss * scale, parameters[k], allow_unused=True)
             losses.append(loss.detach())
+            reached.append(k)
+            own = [p for j in reached for p in parameters[j]]
+            if loss.requires_grad and own:
+                found = iter(torch.autograd.grad(loss * scale, own, allow_unused=True))
+                for j in reached:
+                    gradients[j] = list(islice(found, len(parameters[j])))
+                reached = []
         every = [p for own in parameters for p in own]  # DistributedDataParallel waits for each of them
-        found = [gradient for of_block in gradients for gradient in of_block]
-        self.idle = {p for p, gradient in zip(every, found, strict=True) if gradient is None}
+        computed = [gradient for of_block in gradients for gradient in of_block]
+        self.idle = {p for p, gradient in zip(every, computed, strict=True) if gradient is None}
         return _Deliver.apply(torch.stack(losses), scale, gradients, *every)
 
     def loss(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:

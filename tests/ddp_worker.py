@@ -53,6 +53,7 @@ def make(name):
     arguments = {
         "optimization": "automatic" if name.endswith("automatic") else "manual",
         "memory_format": "channels_last" if name == "channels_last" else None,
+        "reach": 2 if name.startswith("reach") else 1,
         "accumulate": 2 if name == "accumulate" else 1,
         "clip_norm": 0.1 if name.startswith("clip") else None,
         "optimizer": {
@@ -125,7 +126,7 @@ def trainer(**settings):
 
 
 SCENARIOS = ["manual", "automatic", "accumulate", "clip", "clip_automatic", "unused", "unused_automatic"]
-SCENARIOS += ["channels_last", "norm"]
+SCENARIOS += ["channels_last", "norm", "reach", "reach_automatic"]
 
 
 def main(folder):

@@ -102,11 +102,13 @@ class TestEveryMethod:
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
-@pytest.mark.parametrize("granularity", ["layer", "block"])
-def test_manual_and_automatic_end_in_the_same_weights(granularity, schedule, make_trainer, digits):
+@pytest.mark.parametrize(("granularity", "reach"), [("layer", 1), ("block", 1), ("block", 2)])
+def test_manual_and_automatic_end_in_the_same_weights(granularity, reach, schedule, make_trainer, digits):
     runs = []
     for optimization in ("manual", "automatic"):
-        model = make(granularity=granularity, optimization=optimization, lr_scheduler=schedule, clip_norm=0.5)
+        model = make(
+            granularity=granularity, reach=reach, optimization=optimization, lr_scheduler=schedule, clip_norm=0.5
+        )
         make_trainer(max_epochs=3).fit(model, digits)
         runs.append(weights(model))
     assert_same(*runs)
@@ -364,6 +366,8 @@ def test_a_trainer_flag_that_manual_optimization_refuses_names_its_replacement(f
         ({"lr_scheduler": "cosin"}, "lr_scheduler='cosin'.*did you mean 'cosine'"),
         ({"optimization": "auto"}, "optimization='auto'"),
         ({"clip_norm": 0}, "clip_norm=0"),
+        ({"reach": 0}, "reach=0: must be 1 to 3, the number of blocks"),
+        ({"reach": 4}, "reach=4: must be 1 to 3, the number of blocks"),
         ({"clip_value": -1.0}, "clip_value=-1.0"),
         ({"clip_norm": 1.0, "clip_value": 1.0}, "clip_norm=1.0 and clip_value=1.0: give one of them"),
         ({"memory_format": "channels_first"}, "memory_format='channels_first'.*'channels_last'"),

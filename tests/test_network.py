@@ -105,6 +105,62 @@ def test_step_per_block_equals_one_step_on_the_sum():
     assert_same(one.state_dict(), two.state_dict())
 
 
+def naive_reach(net, number):
+    """Losses of the `number`-th pass of a network of three blocks with norm "layer"; gradients go to its weights."""
+    losses, joined, state = [], 0, X
+    for k, (block, head) in enumerate(zip(net.blocks, net.heads, strict=True)):
+        out = block(state)
+        losses.append(net.criterion(head(out), Y))
+        joined = joined + losses[-1]
+        state = nn.functional.layer_norm(out, out.shape[1:])
+        if (k + 1 + number) % net.reach == 0 or k == 2:
+            joined.backward()
+            joined, state = 0, state.detach()
+    return torch.stack(losses).detach()
+
+
+@pytest.mark.parametrize("how", ["local_losses", "loss"])
+@pytest.mark.parametrize("reach", [2, 3])
+def test_losses_of_a_longer_reach_equal_moving_borders(reach, how):
+    one, two = make(reach=reach), make(reach=reach)
+    for number in range(reach + 1):
+        one.zero_grad()
+        two.zero_grad()
+        if how == "loss":
+            losses = one.delivered_losses(X, Y)
+            losses.sum().backward()
+        else:
+            losses = []
+            for loss in one.local_losses(X, Y):
+                losses.append(loss.detach())
+                if loss.requires_grad:
+                    loss.backward()
+            losses = torch.stack(losses)
+        torch.testing.assert_close(losses.detach(), naive_reach(two, number))
+        assert_same(gradients(one), gradients(two), exact=False)
+
+
+def test_a_longer_reach_ends_at_blocks_that_are_not_trained():
+    one, two = make(reach=3), make()
+    for net in (one, two):
+        net.train_only([0, 2])
+        net.loss(X, Y).backward()
+    assert_same(gradients(one), gradients(two))
+
+
+def test_every_border_is_open_at_times():
+    net = make(reach=2)
+    crossed = set()
+    for _ in range(2):
+        for k, loss in enumerate(net.local_losses(X, Y)):
+            net.zero_grad()
+            if loss.requires_grad:
+                loss.backward()
+                reached = [j for j in range(k + 1) if next(net.blocks[j].parameters()).grad is not None]
+                crossed |= {*reached} - {k}
+    assert crossed == {0, 1}
+
+
 def test_a_gradient_cannot_be_delivered_twice():
     loss = make().loss(X, Y)
     loss.backward(retain_graph=True)
@@ -119,9 +175,9 @@ def peak_saved_bytes(step, net):
     return saved.peak
 
 
-def deep_net(blocks):
+def deep_net(blocks, **arguments):
     torch.manual_seed(0)
-    return LocalNet(nn.Sequential(*(Residual(4) for _ in range(blocks))), 10, input_shape=(4, 16, 16))
+    return LocalNet(nn.Sequential(*(Residual(4) for _ in range(blocks))), 10, input_shape=(4, 16, 16), **arguments)
 
 
 @pytest.mark.parametrize("how", ["local_losses", "loss"])
@@ -133,13 +189,16 @@ def test_memory_does_not_grow_with_the_number_of_blocks(how):
             net.loss(x, y).backward()
         else:
             for loss in net.local_losses(x, y):
-                loss.backward()
+                if loss.requires_grad:
+                    loss.backward()
 
     small, large, whole = deep_net(2), deep_net(8), deep_net(8)
     few, many = peak_saved_bytes(step, small), peak_saved_bytes(step, large)
     together = peak_saved_bytes(lambda net: sum(net.local_losses(x, y)).backward(), whole)
     assert many <= 1.1 * few
     assert together > 3 * many, "the measure sees a graph that is kept"
+    longer = deep_net(8, reach=2)
+    assert 1.5 * many < max(peak_saved_bytes(step, longer) for _ in range(2)) < 2.1 * many
 
 
 def test_without_gradients_there_is_no_graph():

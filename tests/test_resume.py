@@ -171,8 +171,10 @@ def test_gradients_are_kept_only_in_the_middle_of_an_accumulation(make_trainer, 
         {"lr_scheduler": {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.5}}},
         {"lr_scheduler": {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau", "init_args": {"monitor": "val/loss"}}},  # noqa: E501
         {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}, "clip_norm": 0.1},
+        {"reach": 2, "optimization": "automatic"},
+        {"reach": 2},
     ],
-    ids=["schedule per epoch", "plateau", "momentum and clipping"],
+    ids=["schedule per epoch", "plateau", "momentum and clipping", "reach, automatic", "reach"],
 )  # fmt: skip
 def test_interrupted_with(arguments, make_trainer, tmp_path):
     whole = make(**arguments)

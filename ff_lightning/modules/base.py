@@ -155,16 +155,21 @@ class LocalLearner(Reporting):
             self._report(losses.detach())
             return losses.sum()
         stepping = self._stepping if self._is_last_of_window(batch_idx) else ()
-        local, to_step = [], []
+        local, reached, to_step = [], [], []
         for k, loss in enumerate(self.net.local_losses(x, y)):
-            if loss.requires_grad:
-                with self._without_ddp_hooks():
-                    self.manual_backward(loss / self.accumulate)
+            local.append(loss.detach())
             if k in stepping:
-                to_step.append((k, self._start_averaging(k)))
+                reached.append(k)
+            if not loss.requires_grad:  # its gradients come with the loss of a block further up, or there are none
+                continue
+            with self._without_ddp_hooks():
+                self.manual_backward(loss / self.accumulate)
+            for j in reached:
+                to_step.append((j, self._start_averaging(j)))
                 if len(to_step) > self._blocks_in_flight:
                     self._step_block(*to_step.pop(0))
-            local.append(loss.detach())
+            reached = []
+        to_step += [(k, self._start_averaging(k)) for k in reached]
         for block in to_step:
             self._step_block(*block)
         self._report(torch.stack(local))

@@ -32,6 +32,8 @@ class SFF(LocalLearner):
         norm: Normalisation between the blocks: ``"layer"``, ``"channel"``, ``"length"`` or ``"none"``.
         vote: How the blocks decide: ``"mean"``, ``"depth"``, ``"last"`` or ``"log_softmax"``.
         label_smoothing: Share of the target that is spread evenly over all classes.
+        reach: How many blocks a loss trains at most: its own and those below it. Above 1, the borders move from step
+            to step, and memory grows with it; see `ff_lightning.LocalNet`.
         train_blocks: Numbers or names of the only blocks to train; the others keep weights and running statistics.
         kwargs: How it is trained: optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
 
@@ -53,6 +55,7 @@ class SFF(LocalLearner):
         norm: Norm = "layer",
         vote: Literal["mean", "depth", "last", "log_softmax"] = "mean",
         label_smoothing: float = 0.0,
+        reach: int = 1,
         train_blocks: list[int | str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -67,20 +70,22 @@ class SFF(LocalLearner):
                 vote,
                 self.input_shape,
                 LogSumExpLoss(label_smoothing),
+                reach,
             )
         )
         if train_blocks is not None:
             self.net.train_only(train_blocks)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add which blocks vote so far, where they are trained one after the other."""
+        """Add which blocks vote so far, where they are trained one after the other, and where the borders lie."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["ff_lightning"]["voters"] = self.net.voters
+        checkpoint["ff_lightning"] |= {"voters": self.net.voters, "passes": self.net.passes}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let those blocks vote that were trained when the checkpoint was written."""
+        """Let those blocks vote that were trained when the checkpoint was written, and go on with its borders."""
         super().on_load_checkpoint(checkpoint)
-        self.net.voters = checkpoint.get("ff_lightning", {}).get("voters")
+        saved = checkpoint.get("ff_lightning", {})
+        self.net.voters, self.net.passes = saved.get("voters"), saved.get("passes", 0)
 
     def append_blocks(self, name: str, model: nn.Module, granularity: Granularity = "block") -> list[int]:
         """Put further blocks on top of the network, and train only them.
