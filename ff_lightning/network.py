@@ -8,7 +8,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -47,8 +46,8 @@ class LocalNet(nn.Module):
         loss: Module from goodness (B, K) and classes (B,) to a scalar. None: `LogSumExpLoss`.
         reach: How many blocks a loss trains at most: its own, and those below it up to the last border. Above 1 the
             network is cut behind every `reach` blocks only, one block further down at each pass, so that each border
-            is open most of the time and each block learns from the losses above it as well. Graphs of so many
-            blocks are then alive at once.
+            is open half of the time or more and each block learns from the losses above it as well. Graphs of so
+            many blocks are then alive at once. A head must not change in place what it is given.
 
     Attributes:
         blocks: The blocks in order, each with a `name`.
@@ -238,7 +237,7 @@ class LocalNet(nn.Module):
         return (outside, *rest) if rest else outside, block.to_map(features)
 
     def local_losses(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
-        """The local loss of one block after the other, each with a graph of its own.
+        """The local loss of one block after the other, each with the graph of its own block.
 
         The next block runs when the next loss is asked for: call backward (and step) in between, and only one graph
         is ever alive. With `train_only`, the loss of a block that is not trained has no graph, and there are none
@@ -276,9 +275,10 @@ class LocalNet(nn.Module):
     def delivered_losses(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """The local losses as one vector (L,), as many as `local_losses` gives, for any ordinary training loop.
 
-        The local gradients are computed here, block after block, so that the graph of only one block is alive at any
-        time. ``backward()`` of any scalar made of the vector hands them to the parameters, each times the gradient
-        that arrives at the loss of its block.
+        The local gradients are computed here, block after block, so that the graph of only one block (of at most
+        `reach` blocks) is alive at any time. ``backward()`` of any scalar made of the vector hands them to the
+        parameters, each times the gradient that arrives at the loss of its block: weights of the losses other than
+        one for all ask for a `reach` of 1.
 
         Args:
             x: Images, (B, C, H, W).
@@ -296,15 +296,15 @@ class LocalNet(nn.Module):
         for k, loss in enumerate(self.local_losses(x, y)):
             losses.append(loss.detach())
             reached.append(k)
-            own = [p for j in reached for p in parameters[j]]
+            own = list(dict.fromkeys(p for j in reached for p in parameters[j]))  # blocks may share a head
             if loss.requires_grad and own:
-                found = iter(torch.autograd.grad(loss * scale, own, allow_unused=True))
-                for j in reached:
-                    gradients[j] = list(islice(found, len(parameters[j])))
+                found = dict(zip(own, torch.autograd.grad(loss * scale, own, allow_unused=True), strict=True))
+                for j in reversed(reached):
+                    gradients[j] = [found.pop(p, None) for p in parameters[j]]
                 reached = []
         every = [p for own in parameters for p in own]  # DistributedDataParallel waits for each of them
         computed = [gradient for of_block in gradients for gradient in of_block]
-        self.idle = {p for p, gradient in zip(every, computed, strict=True) if gradient is None}
+        self.idle = {*every} - {p for p, gradient in zip(every, computed, strict=True) if gradient is not None}
         return _Deliver.apply(torch.stack(losses), scale, gradients, *every)
 
     def loss(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:

@@ -148,6 +148,23 @@ def test_a_longer_reach_ends_at_blocks_that_are_not_trained():
     assert_same(gradients(one), gradients(two))
 
 
+@pytest.mark.parametrize(("reach", "trained"), [(1, [1, 2]), (2, None), (3, None), (3, [0, 2])])
+def test_blocks_may_share_a_head(reach, trained):
+    shared = GoodnessHead(4, 10)
+    model = nn.Sequential(*(Residual(4) for _ in range(3)))
+    one = LocalNet(model, 10, head=lambda channels, classes: shared, input_shape=(4, 8, 8), reach=reach)
+    two = copy.deepcopy(one)
+    x = torch.randn(6, 4, 8, 8)
+    for net in (one, two):
+        net.train_only(trained)
+    for loss in one.local_losses(x, Y):
+        if loss.requires_grad:
+            loss.backward()
+    two.loss(x, Y).backward()
+    assert_same(gradients(one), gradients(two), exact=False)
+    assert not {*two.heads.parameters()} & two.idle
+
+
 def test_every_border_is_open_at_times():
     net = make(reach=2)
     crossed = set()

@@ -147,7 +147,7 @@ class LocalLearner(Reporting):
     # -------------------------------------------------------------------------------------------------------- the loop
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        """One mini-batch through all blocks; block k+1 starts when block k has taken its step."""
+        """One mini-batch through all blocks; block k+1 starts when block k has taken its step, unless it trains it."""
         x, y = batch
         if self.automatic_optimization:
             losses = self.net.delivered_losses(x, y, self._scaler())
