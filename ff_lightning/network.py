@@ -231,7 +231,7 @@ class LocalNet(nn.Module):
             features, outside = main, normalise(main.detach() if detach else main, self.norm, block.channel_dim)
         else:
             features = normalise(main, self.norm, block.channel_dim)
-            outside = features.detach()
+            outside = features.detach() if detach else features
         if detach:
             rest = tuple(map(_detach, rest))
         return (outside, *rest) if rest else outside, block.to_map(features)

@@ -87,9 +87,8 @@ def test_a_run_that_fails_says_why_and_where_it_can_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/sff").glob("*_layer.yaml")), ids=lambda path: path.stem)
-def test_a_layer_wise_config_differs_only_in_the_granularity_and_reach(path):
+def test_a_layer_wise_config_differs_only_in_the_granularity(path):
     layer, block = (yaml.safe_load(of.read_text()) for of in (path, path.with_stem(path.stem.removesuffix("_layer"))))
     assert layer["model"]["init_args"].pop("granularity") == "layer"
     assert block["model"]["init_args"].pop("granularity", "block") == "block"
-    block["model"]["init_args"].pop("reach", None)  # layer by layer, no gradient leaves its layer
     assert layer == block
