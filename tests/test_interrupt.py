@@ -1,7 +1,6 @@
 """Runs that are stopped or killed from outside go on to the weights of the run that was left alone."""
 
 import multiprocessing
-import os
 import random
 import signal
 import time
@@ -20,33 +19,37 @@ FORK = multiprocessing.get_context("fork")  # a process with everything imported
 
 
 class Tell(Callback):
-    """Sends the number of each batch, before it is trained on."""
+    """Sends the number of each batch, before it is trained on; a signal comes at the beginning of one of them."""
 
-    def __init__(self, pipe):
-        self.pipe = pipe
+    def __init__(self, pipe, stop_at, number):
+        self.pipe, self.stop_at, self.number = pipe, stop_at, number
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.pipe.send(trainer.fit_loop.epoch_loop.total_batch_idx)
+        now = trainer.fit_loop.epoch_loop.total_batch_idx
+        self.pipe.send(now)
+        if now == self.stop_at:
+            signal.raise_signal(self.number)
 
 
-def fit(folder, pipe, resume, every):
+def fit(folder, pipe, resume, every, stop_at, number):
     torch.manual_seed(0)
     model = SFF(backbone=small_net(), num_classes=10, input_shape=(1, 8, 8), lr=0.01, accumulate=2)
     last = LastCheckpoint(str(folder), every_n_train_steps=every)
     trainer = pl.Trainer(
         max_epochs=EPOCHS, limit_train_batches=BATCHES, limit_val_batches=2, accelerator="cpu", devices=1, logger=False,
-        callbacks=[last, Tell(pipe)], enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        callbacks=[last, Tell(pipe, stop_at, number)], enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder,
     )  # fmt: skip
     path = folder / "last.ckpt"
     trainer.fit(model, data.Digits(batch_size=16), ckpt_path=path if resume and path.exists() else None)
     torch.save(model.state_dict(), folder / "end.pt")
 
 
-def run(folder, resume=False, stop_at=None, number=signal.SIGKILL, delay=0.0, every=1):
-    """Train in a process of its own, which gets a signal some time after a batch began: exit code and batches."""
+def run(folder, resume=False, every=1, stop_at=None, number=None, kill_at=None, delay=0.0):
+    """Train in a process of its own, stopped by a signal or killed some time after a batch began: code and batches."""
     folder.mkdir(exist_ok=True)
     receive, send = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=fit, args=(folder, send, resume, every))
+    process = FORK.Process(target=fit, args=(folder, send, resume, every, stop_at, number))
     process.start()
     send.close()
     seen = []
@@ -55,10 +58,10 @@ def run(folder, resume=False, stop_at=None, number=signal.SIGKILL, delay=0.0, ev
             seen.append(receive.recv())
         except EOFError:
             break
-        if seen[-1] == stop_at:
+        if seen[-1] == kill_at:
             time.sleep(delay)
-            os.kill(process.pid, number)
-            stop_at = None
+            process.kill()
+            kill_at = None
     process.join(60)
     return process.exitcode, seen
 
@@ -97,10 +100,11 @@ def test_killed_at_twenty_random_moments(whole, tmp_path):
     for trial in range(20):
         folder = tmp_path / str(trial)
         batch = dice.randrange(EPOCHS * BATCHES)
-        exitcode, _ = run(folder, stop_at=batch, delay=dice.uniform(0, 0.02))
-        assert exitcode == -signal.SIGKILL
+        exitcode, seen = run(folder, kill_at=batch, delay=dice.uniform(0, 0.02))
+        assert exitcode in (-signal.SIGKILL, 0), "killed, or ended just before"
+        killed_in = seen[-1]
         exitcode, seen = run(folder, resume=True)
         assert exitcode == 0
         first = seen[0] if seen else EPOCHS * BATCHES  # killed after its last step
-        assert first in range(max(0, batch - 2), batch + 5), "little was lost"
+        assert first in range(max(0, killed_in - 2), killed_in + 2), "little was lost"
         assert_same(folder, whole)
