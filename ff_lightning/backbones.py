@@ -157,7 +157,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"{first!r}: {theirs} in the weights, {ours} in the network"
         )
     if wrong:
-        log.warning("the classifier %s starts anew: the weights were made for other classes", layers[-1])
+        why = "a checkpoint of SFF has none" if blocks else "the weights were made for other classes"
+        log.warning("the classifier %s starts anew: %s", layers[-1], why)
     model.load_state_dict({key: own[key] if key in wrong else state[key] for key in own})
 
 

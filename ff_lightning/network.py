@@ -53,7 +53,7 @@ class LocalNet(nn.Module):
         blocks: The blocks in order, each with a `name`.
         heads: The head of each block.
         trained: Numbers of the blocks that are trained; see `train_only`.
-        voters: How many blocks, from the first one, take part in the vote; None: all.
+        voters: Numbers of the blocks that take part in the vote, those with a trained head; None: all.
         passes: Passes with a graph so far; they decide where the borders lie.
         idle: The parameters that the last `delivered_losses` found without a gradient.
 
@@ -106,7 +106,7 @@ class LocalNet(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.heads = nn.ModuleList(self._make_heads(blocks, device))
         self.trained = frozenset(range(len(blocks)))
-        self.voters: int | None = None
+        self.voters: frozenset[int] | None = None
         self.idle: set[nn.Parameter] = set()
         self.criterion = loss if loss is not None else LogSumExpLoss()
         if len(blocks) == 1:
@@ -347,7 +347,7 @@ class LocalNet(nn.Module):
 
     def decide(self, goodness: Tensor) -> Tensor:
         """The vote of the blocks: goodness (L, B, K) -> scores (B, K)."""
-        return VOTES[self.vote](goodness[: self.voters])
+        return VOTES[self.vote](goodness if self.voters is None else goodness[sorted(self.voters)])
 
 
 def _number(block: int | str, names: Sequence[str]) -> int:

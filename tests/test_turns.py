@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from ff_lightning import SFF, Backprop, LocalNet, data
+from ff_lightning.backbones import load_weights
 from ff_lightning.callbacks import GreedyBlocks
 from ff_lightning.memory import saved_for_backward
 from tests.conftest import small_net
@@ -182,7 +183,7 @@ def test_a_turn_is_training_of_that_block_alone(make_trainer, digits):
 def test_only_trained_blocks_vote_while_blocks_take_turns():
     net = make().net.eval()
     x = torch.randn(2, 1, 8, 8)
-    net.voters = 2
+    net.voters = frozenset({0, 1})
     torch.testing.assert_close(net(x), net.goodness(x)[:2].mean(0))
 
 
@@ -225,6 +226,28 @@ def test_one_block_is_trained_on_from_a_checkpoint(make_trainer, digits, tmp_pat
     make_trainer(max_epochs=3, callbacks=[watch]).fit(model, digits, ckpt_path=tmp_path / "all.ckpt")
     assert moved_blocks(model, watch.before) == {1}, "the block named 2 is the second one"
     assert steps == [6, 9, 6], "its optimizer went on with the moments that it had"
+    assert model.net.voters is None, "the checkpoint brought a trained head for each block"
+
+
+@MODES
+def test_a_block_with_a_head_that_was_never_trained_does_not_vote(optimization, make_trainer, digits, tmp_path):
+    first = make_trainer(max_epochs=1)
+    first.fit(make(), digits)
+    first.save_checkpoint(tmp_path / "all.ckpt")
+    torch.manual_seed(1)
+    network = small_net()
+    load_weights(network, torch.load(tmp_path / "all.ckpt", weights_only=True)["state_dict"])
+    model = SFF(backbone=network, train_blocks=[1], optimization=optimization, lr_scheduler="constant", **SHAPE)
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(model, digits)
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().net(x), model.net.goodness(x)[1])
+
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    again = make(optimization=optimization, lr_scheduler="constant", train_blocks=[2])
+    make_trainer(max_epochs=2).fit(again, digits, ckpt_path=tmp_path / "one.ckpt")
+    assert again.net.voters == {1, 2}, "one whose head was trained before, and one of this run"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class GreedyBlocks(Callback):
         net = cast(Any, pl_module.net)
         k = trainer.current_epoch // self.epochs_per_block
         net.train_only([k])
-        net.voters = k + 1
+        net.voters = frozenset(range(k + 1))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All blocks are trained from here on, and vote."""

@@ -87,7 +87,7 @@ class DownloadedData(ImageData):
     def _read(self, split: str) -> Any:
         if self._marker.exists():
             raise FileNotFoundError(
-                f"root={self.root!r}: the download of {type(self).__name__} broke off; run it again"
+                f"root={self.root!r}: the download of {type(self).__name__} broke off; run it again with download=True"
             )
         try:
             return self._open(split)

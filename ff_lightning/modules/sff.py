@@ -34,7 +34,8 @@ class SFF(LocalLearner):
         label_smoothing: Share of the target that is spread evenly over all classes.
         reach: How many blocks a loss trains at most: its own and those below it. Above 1, the borders move from step
             to step, and memory grows with it; see `ff_lightning.LocalNet`.
-        train_blocks: Numbers or names of the only blocks to train; the others keep weights and running statistics.
+        train_blocks: Numbers or names of the only blocks to train; the others keep weights and running statistics, and
+            do not vote unless a checkpoint brings trained heads for them.
         kwargs: How it is trained: optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
 
     Example:
@@ -75,17 +76,27 @@ class SFF(LocalLearner):
         )
         if train_blocks is not None:
             self.net.train_only(train_blocks)
+            self.net.voters = self.net.trained
+
+    def on_train_start(self) -> None:
+        """Let the blocks that are trained in this run vote, beside those whose heads a checkpoint brought."""
+        super().on_train_start()
+        if self.net.voters is not None:
+            self.net.voters |= self.net.trained
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add which blocks vote so far, where they are trained one after the other, and where the borders lie."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["ff_lightning"] |= {"voters": self.net.voters, "passes": self.net.passes}
+        voters = None if self.net.voters is None else sorted(self.net.voters)
+        checkpoint["ff_lightning"] |= {"voters": voters, "passes": self.net.passes}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let those blocks vote that were trained when the checkpoint was written, and go on with its borders."""
+        """Let those blocks vote that had been trained when the checkpoint was written, and go on with its borders."""
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("ff_lightning", {})
-        self.net.voters, self.net.passes = saved.get("voters"), saved.get("passes", 0)
+        voters = saved.get("voters")
+        self.net.voters = None if voters is None else frozenset(voters)
+        self.net.passes = saved.get("passes", 0)
 
     def append_blocks(self, name: str, model: nn.Module, granularity: Granularity = "block") -> list[int]:
         """Put further blocks on top of the network, and train only them.
