@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADER
 from torch.utils.data import Dataset
 
 from ff_lightning.data.augment import Crop
-from ff_lightning.data.cache import cached
+from ff_lightning.data.cache import cached, name_of, user_folder
 from ff_lightning.data.loaders import BatchLoader, EpochSampler, Finish, ResumableLoader, Sample, Split
 from ff_lightning.data.reading import (
     Held,
@@ -38,6 +38,7 @@ from ff_lightning.data.reading import (
     files_of,
     find_readable,
     labels_of,
+    read_again,
     read_all,
 )
 from ff_lightning.data.splits import ValFrom, check_labels, class_numbers, renumber, split_off, take_subset
@@ -47,7 +48,8 @@ log = logging.getLogger(__name__)
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MEMORY_LIMIT = 2 * 2**30
 """Bytes of pixels of a split up to which it is held in memory."""
-FORMAT = 1  # of what is cached: a change of how images are read makes the files of before stale
+FORMAT = 2  # of what is cached: a change of how images are read makes the files of before stale
+PURPOSES = {"train": "training", "val": "validation", "test": "test"}
 
 
 class ImageData(LightningDataModule):
@@ -73,7 +75,8 @@ class ImageData(LightningDataModule):
         classes: Numbers or names of classes: only these, numbered from 0 in this order.
         download: Whether to download to `root` what is not there, if there is something to download.
         in_memory: Hold a split as one tensor of pixels; None: up to 2 GiB. Else workers read it batch by batch.
-        cache_dir: Folder for the decoded images of a set in memory that is made of files; None: ``root/.ff_lightning``.
+        cache_dir: Folder for the decoded images of a set in memory that is made of files; None: ff_lightning in the
+            user's cache folder (``~/.cache`` or ``$XDG_CACHE_HOME``).
         on_error: An image that cannot be read is an error (``"raise"``) or is left out and reported (``"skip"``).
 
     Attributes:
@@ -231,7 +234,11 @@ class ImageData(LightningDataModule):
                 path = self._cache_file(f"{name}-{self.input_shape[1]}")
                 settings = (FORMAT, self.input_shape, self.on_error, *self._own_arguments())
                 content = cached(
-                    path, files, settings, lambda: read_all(reader, needed, self.num_workers, self.on_error)
+                    path,
+                    files,
+                    settings,
+                    lambda: read_all(reader, needed, self.num_workers, self.on_error),
+                    lambda kept: read_again(kept, reader, needed),
                 )
             source, readable = Held(content["pixels"], needed), content["readable"].numpy()
         elif self.on_error == "skip":
@@ -240,12 +247,17 @@ class ImageData(LightningDataModule):
             log.warning(
                 "left out %d of %d images of %r that cannot be read", (~readable).sum(), len(readable), self.root
             )
+            if not readable.any():
+                raise OSError(
+                    f"root={self.root!r}: none of the {len(readable)} images for {PURPOSES[name]} can be read"
+                )
+            check_labels(labels[needed[readable]], self.class_names, PURPOSES[name])
         parts = tuple(part[readable[np.searchsorted(needed, part)]] for part in parts)
         return [Split(source, part, labels[part]) for part in parts]
 
     def _cache_file(self, name: str) -> Path:
-        folder = Path(self.cache_dir or Path(self.root, ".ff_lightning")).expanduser()
-        return folder / f"{type(self).__name__}-{name}.pt"
+        folder = Path(self.cache_dir).expanduser() if self.cache_dir else user_folder()
+        return folder / f"{type(self).__name__}-{name_of(Path(self.root).expanduser())}-{name}.pt"
 
     def _own_arguments(self) -> tuple[Any, ...]:
         """The class, and what it takes beyond the arguments of all sets: both may change what is read."""

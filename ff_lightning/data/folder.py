@@ -3,30 +3,31 @@
 import hashlib
 import itertools
 import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from ff_lightning.data.base import FORMAT, IMAGENET_STATISTICS, ImageData
 from ff_lightning.data.cache import cached
+from ff_lightning.data.listing import ENDINGS, FolderImages, Listing, first_five, is_hidden, list_classes
 from ff_lightning.data.loaders import Sample
-from ff_lightning.data.reading import load_image
+from ff_lightning.data.reading import OnError, load_image, printable, read_bytes
 
 log = logging.getLogger(__name__)
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+"""Names of the folders of the splits, in small letters or capitals."""
 
 
 class ImageFolder(ImageData):
     """Images in ``root/{train,val,test}/<class>/*``; ``val`` and ``test`` may be missing.
 
     Without ``val``, validation images are cut from ``train``. With ``val`` but without ``test``, ``val`` is the test
-    set and validation images are cut from ``train``, so that nothing is chosen on the test set. Pixels are normalised
-    by the statistics of ImageNet.
+    set and validation images are cut from ``train``, so that nothing is chosen on the test set. The folders may also
+    be named ``training``, ``valid``, ``validation`` or ``testing``. Hidden files and folders, and what file managers
+    leave behind, are passed over. Pixels are normalised by the statistics of ImageNet.
 
     Args:
         root: Folder with the folder ``train``.
@@ -35,6 +36,7 @@ class ImageFolder(ImageData):
 
     Raises:
         FileNotFoundError: If a folder or a class is missing or empty.
+        ValueError: If there are two folders for a split.
         OSError: While loading, if an image cannot be read; it is named.
     """
 
@@ -42,14 +44,16 @@ class ImageFolder(ImageData):
 
     def __init__(self, root: str = "data", **kwargs: Any) -> None:
         self.folders = _folders(Path(root).expanduser())
-        self.class_names = names = _class_names(self.folders)
+        listings = {split: list_classes(folder) for split, folder in self.folders.items()}
+        _check_loops(listings, kwargs.get("on_error", "raise"))
+        self.class_names = [printable(name) for name in _class_names(self.folders, listings)]
         super().__init__(root=root, **kwargs)
-        size = self.image_size or min(load_image(_first_image(self.folders["train"] / names[0])).size)
+        size = self.image_size or _size_of_first(listings["train"], self.on_error)
         self.input_shape = (3, size, size)
 
     def prepare_data(self) -> None:
         """Warn of images that are in two splits; sets too large for memory are too large to look for them."""
-        files = {split: list(_images(folder)) for split, folder in self.folders.items()}
+        files = {split: [path for path, _ in self._read(split).samples] for split in self.folders}
         if not self._fits_in_memory(max(map(len, files.values()))):
             return
         contents = cached(
@@ -60,12 +64,13 @@ class ImageFolder(ImageData):
         )
         for split, other in itertools.combinations(files, 2):
             known = {bytes(digest): file for digest, file in zip(contents[split].numpy(), files[split], strict=True)}
+            known.pop(bytes(NOTHING.numpy()), None)
             found = zip(contents[other].numpy(), files[other], strict=True)
             same = [(file, known[bytes(digest)]) for digest, file in found if bytes(digest) in known]
             if same:
                 log.warning(
                     "%d images of %r are in %r too, such as %s and %s: what is measured on them is not to be trusted",
-                    len(same), other, split, *same[0],
+                    len(same), other, split, *map(printable, same[0]),
                 )  # fmt: skip
 
     def read_train(self) -> Dataset[Sample]:
@@ -84,62 +89,100 @@ class ImageFolder(ImageData):
             )
         return self._read("test")
 
-    def _read(self, split: str) -> Dataset[Sample]:
-        return datasets.ImageFolder(str(self.folders[split]), loader=load_image)
+    def _read(self, split: str) -> FolderImages:
+        return FolderImages(self.folders[split])
 
 
 def _folders(root: Path) -> dict[str, Path]:
     """The folder of each split."""
-    if not (root / "train").is_dir():
-        there = sorted(path.name for path in root.iterdir()) if root.is_dir() else "nothing: it does not exist"
-        raise FileNotFoundError(
-            f"root={str(root)!r} must hold a folder 'train' with a folder for each class; it holds {there}"
-        )
-    folders = {split: root / split for split in ("train", "val", "test") if (root / split).is_dir()}
+    there = sorted(path.name for path in root.iterdir() if not is_hidden(path.name)) if root.is_dir() else []
+    folders = {}
+    for split, names in SPLITS.items():
+        found = [name for name in there if name.lower() in names and (root / name).is_dir()]
+        if len(found) > 1:
+            raise ValueError(f"root={str(root)!r} holds {found}, which are names of the same split: keep one of them")
+        if found:
+            folders[split] = root / found[0]
+    if "train" not in folders:
+        holds = f"it holds {first_five(there)}" if root.is_dir() else "it does not exist"
+        raise FileNotFoundError(f"root={str(root)!r} must hold a folder 'train' with a folder for each class; {holds}")
     if "val" in folders and "test" not in folders:
-        log.warning("%s has no folder 'test': 'val' is the test set, and validation images are cut from 'train'", root)
+        name = folders["val"].name
+        log.warning(
+            "%s has no folder 'test': %r is the test set, and validation images are cut from 'train'", root, name
+        )
         folders["test"] = folders.pop("val")
     elif "val" not in folders:
         log.warning("%s has no folder 'val': validation images are cut from 'train'", root)
     return folders
 
 
-def _class_names(folders: dict[str, Path]) -> list[str]:
-    """Names of the classes, which are the same in all splits, each with an image."""
-    names = {
-        split: sorted(path.name for path in folder.iterdir() if path.is_dir()) for split, folder in folders.items()
-    }
-    if len(names["train"]) < 2:
+def _check_loops(listings: dict[str, Listing], on_error: OnError) -> None:
+    for loop in (loop for listing in listings.values() for loop in listing.loops):
+        message = f"cannot read the class folder {printable(loop)}: it leads back to a folder above it"
+        if on_error == "raise":
+            raise OSError(message)
+        log.warning("left out: %s", message)
+
+
+def _class_names(folders: dict[str, Path], listings: dict[str, Listing]) -> list[str]:
+    """Names of the classes, which are the same in all splits, each with an image; what is passed over is reported."""
+    names = list(listings["train"].images)
+    if len(names) < 2:
         raise FileNotFoundError(
-            f"{folders['train']} must hold a folder for each of two or more classes: {names['train']}"
+            f"{folders['train']} must hold a folder for each of two or more classes: it holds the folders {names} and "
+            f"other files: {first_five(_loose(folders['train']))}"
         )
-    for split, found in names.items():
-        differ = sorted(set(found) ^ set(names["train"]))
+    for split, listing in listings.items():
+        differ = sorted(set(listing.images) ^ set(names))
         if differ:
             raise FileNotFoundError(
-                f"{folders[split]} and {folders['train']} must hold the same classes, but differ in {differ}"
+                f"{folders[split]} and {folders['train']} must hold the same classes, but differ in "
+                f"{first_five(differ)}"
             )
-        for name in found:
-            _first_image(folders[split] / name)
-    return names["train"]
+        for name, images in listing.images.items():
+            if not images:
+                raise FileNotFoundError(
+                    f"class folder {printable(folders[split] / name)} holds no image; known are files that end in "
+                    f"{', '.join(ENDINGS)}"
+                )
+        if listing.passed_over:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in listing.passed_over.most_common(5))
+            log.warning(
+                "passed over %d files in %s that are no images of a class: %s",
+                listing.passed_over.total(), folders[split], kinds,
+            )  # fmt: skip
+    return names
 
 
-def _first_image(folder: Path) -> Path:
-    """The first image below a folder."""
-    path = next(_images(folder), None)
-    if path is None:
-        raise FileNotFoundError(
-            f"class folder {folder} holds no image; known are files that end in {', '.join(IMG_EXTENSIONS)}"
-        )
-    return path
+def _loose(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.is_dir() and not is_hidden(path.name))
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    """All images below a folder, in order."""
-    for at, _, names in sorted(os.walk(folder, followlinks=True)):
-        yield from (Path(at, name) for name in sorted(names) if is_image_file(name))
+def _size_of_first(listing: Listing, on_error: OnError) -> int:
+    """The shorter side of the first image that can be read."""
+    for path in itertools.chain(*listing.images.values()):
+        try:
+            return min(load_image(path).size)
+        except OSError as error:
+            if on_error == "raise":
+                raise
+            last = error
+    raise OSError(f"none of the training images can be read: {last}")
 
 
-def _content(file: Path) -> torch.Tensor:
+NOTHING = torch.zeros(16, dtype=torch.uint8)
+"""In place of the digest of a file that is empty or cannot be read: what it holds cannot be compared."""
+
+
+def _content(file: str) -> torch.Tensor:
     """A digest, uint8 (16,)."""
-    return torch.frombuffer(bytearray(hashlib.blake2b(file.read_bytes(), digest_size=16).digest()), dtype=torch.uint8)
+    try:
+        content = read_bytes(file)
+    except OSError:
+        return NOTHING
+    return (
+        torch.frombuffer(bytearray(hashlib.blake2b(content, digest_size=16).digest()), dtype=torch.uint8)
+        if content
+        else NOTHING
+    )

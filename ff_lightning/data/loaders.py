@@ -1,6 +1,7 @@
 """Loaders whose batches are made as a whole, and which go on where they stopped."""
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -10,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ff_lightning.data.augment import Crop, augment, draws_of_epoch
 from ff_lightning.data.reading import Held, Numbers, Reader
+
+log = logging.getLogger(__name__)
 
 Sample = tuple[Any, int]  # an image (PIL or uint8 tensor) and its class
 RawBatch = tuple[Tensor, Tensor, Tensor | None]  # uint8 (B, C, S, S); int64 (B,); draws (B, 5) of training images
@@ -27,6 +30,8 @@ class Split(Dataset[Any]):
     crop: Crop = "none"
     flips = False
     seed: int | None = None
+    next_epoch = 0
+    """Of loops that do not say which epoch theirs is."""
 
     def __init__(self, source: Held | Reader, numbers: Numbers, labels: Numbers) -> None:
         self.source, self.numbers = source, numbers
@@ -98,35 +103,76 @@ class BatchLoader(DataLoader[Any]):
 
 
 class ResumableLoader(BatchLoader):
-    """A loader that goes on in the middle of an epoch: its state is the number of batches that it has given in it."""
+    """A loader that goes on in the middle of an epoch: its state is the number of images that were given in it.
 
-    given = 0
+    They are counted over all processes: a run goes on behind them also with another batch size, or on another number of
+    processes. Whoever calls ``set_epoch`` of the sampler, as a Trainer does, says what epoch it is. Where nobody does,
+    each pass is the next epoch of the split, also that of another loader.
+    """
+
+    images = 0
     interrupted: Mapping[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # lazy: a Trainer calls iter() before it tells the sampler the epoch
-        sampler, state, self.interrupted = cast(EpochSampler, self.sampler), self.interrupted, None
-        self.given = state["given"] % len(self) if state and state["epoch"] == sampler.epoch else 0
-        sampler.start = self.given * cast(int, self.batch_size)
+        state, self.interrupted = self.interrupted, None
+        sampler = self.sampler
+        if not isinstance(sampler, EpochSampler):  # Trainer(overfit_batches=...) has put another in its place
+            yield from super().__iter__()
+            return
+        if not sampler.is_told:
+            self._take_next_epoch(sampler, state)
+        self.images = state["images"] if state and state["epoch"] == sampler.epoch else 0
+        sampler.start = self.images
         for batch in super().__iter__():
-            self.given += 1
+            self.images += len(batch[1]) * sampler.num_replicas
             yield batch
 
+    def _take_next_epoch(self, sampler: "EpochSampler", state: Mapping[str, int] | None) -> None:
+        split = cast(Split, self.dataset)
+        if state is not None:
+            split.next_epoch = state["epoch"] + (self.batches_after(state["images"]) == 0)
+        sampler.epoch = split.next_epoch
+        split.next_epoch += 1
+
+    def batches_after(self, images: int) -> int:
+        """How many batches of an epoch are left after so many images of all processes."""
+        sampler = cast(EpochSampler, self.sampler)
+        left = max(0, len(sampler) - sampler.own(images))
+        batch_size = cast(int, self.batch_size)
+        return left // batch_size if self.drop_last else -(-left // batch_size)
+
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and the number of batches given in it."""
-        return {"epoch": cast(EpochSampler, self.sampler).epoch, "given": self.given}
+        """The epoch, and the number of images that all processes together were given in it."""
+        return {"epoch": getattr(self.sampler, "epoch", 0), "images": self.images}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Start after so many batches, if the next epoch is the one that was interrupted."""
-        self.interrupted = state
+        """Start after so many images, if the next epoch is the one that was interrupted."""
+        if set(state) == {"epoch", "images"}:
+            self.interrupted = state
+        else:
+            log.warning(
+                "the checkpoint has the position of another loader, %s: this epoch starts with its first image", state
+            )
 
 
 class EpochSampler(DistributedSampler[Any]):
     """Positions of images, each with its epoch: the augmentation of an image hangs on both and the seed alone."""
 
     start = 0
-    """Images to leave out of the next epoch, because they were seen before the run was interrupted."""
+    """Images of all processes to leave out of the next epoch, because they were seen before the run was interrupted."""
+    is_told = False
+    """Whether somebody says what epoch it is."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say what epoch it is, from now on always."""
+        super().set_epoch(epoch)
+        self.is_told = True
+
+    def own(self, images: int) -> int:
+        """The part of this process in the first images of an epoch, rounded up: no image comes twice."""
+        return -(-images // self.num_replicas)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        start, self.start = self.start, 0
-        return ((self.epoch, index) for index in itertools.islice(super().__iter__(), start, None))
+        epoch, start, self.start = self.epoch, self.own(self.start), 0
+        return ((epoch, index) for index in itertools.islice(super().__iter__(), start, None))

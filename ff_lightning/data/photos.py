@@ -1,5 +1,6 @@
 """Photographs of many sizes: Imagenette and the usual targets of transfer; read by torchvision."""
 
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -7,6 +8,7 @@ from torchvision import datasets
 
 from ff_lightning.data.base import IMAGENET_STATISTICS
 from ff_lightning.data.download import WITH_VAL, DownloadedData
+from ff_lightning.data.listing import FolderImages
 from ff_lightning.data.reading import load_image
 
 
@@ -28,11 +30,14 @@ class Imagenette(DownloadedData):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         size = next((f"{pixels}px" for pixels in (160, 320) if self.input_shape[1] <= pixels), "full")
-        self.splits = {
-            name: {"split": folder, "size": size, "loader": load_image}
-            for name, folder in (("train", "train"), ("test", "val"))
-        }
+        self.splits = {name: {"split": folder, "size": size} for name, folder in (("train", "train"), ("test", "val"))}
         self.extracted = "imagenette2" + {"160px": "-160", "320px": "-320", "full": ""}[size]
+
+    def _open(self, split: str, download: bool = False) -> Any:
+        if download:
+            super()._open(split, download)
+        folder = Path(self.root).expanduser() / str(self.extracted) / self.splits[split]["split"]
+        return FolderImages(folder, list(datasets.Imagenette._WNID_TO_CLASS))
 
 
 class Flowers102(DownloadedData):

@@ -1,13 +1,15 @@
 """From files and readers to pixels: uint8 images (C, S, S) of one size."""
 
 import logging
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -22,19 +24,90 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 MOST_NAMED = 10
 """Unreadable images that are named in the log; the others are counted."""
+LARGE_SIDE = 2048
+"""Pixels of the shorter side from which on, times a whole number, images are reduced by that number."""
+THIN = 16
+"""How often the longer side may hold the shorter one before the ends are cut off: a line has no centre to enlarge."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image of each EXIF orientation upright."""
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Read an image as RGB; 16 bits become 8, and what is transparent loses that.
+    """Read an image as RGB, upright; 16 bits become 8, and what is transparent loses that.
+
+    One whose shorter side has 4,096 pixels or more is reduced to one of 2,048 or more: a file of some KB may hold so
+    many pixels that to convert all of them takes GB of memory.
 
     Raises:
-        OSError: If it cannot be read; it is named.
+        OSError: If it cannot be read, or has more than `PIL.Image.MAX_IMAGE_PIXELS` (89 million); it is named.
     """
     try:
+        _check_kind(os.stat(path).st_mode)
         with Image.open(path) as image:
-            return _eight_bits(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"cannot read the image {path}: {error}") from error
+            _check_size(*image.size)
+            if (factor := _too_large_by(image)) > 1:
+                image.draft(None, (image.width // factor, image.height // factor))  # of effect on JPEG files alone
+            image.load()
+            return _reduced(_eight_bits(_upright(image))).convert("RGB")
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+        raise OSError(f"cannot read the image {printable(path)}: {error}") from error
+
+
+def printable(path: str | Path) -> str:
+    """A path as text that can be written: bytes that are not UTF-8 as backslash and number."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        OSError: If it cannot be read, or is none: a pipe would be waited for.
+    """
+    _check_kind(os.stat(path).st_mode)
+    return Path(path).read_bytes()
+
+
+def _check_kind(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise OSError("it is a folder: one with the ending of an image, that cannot be listed, or that leads back up")
+    if not stat.S_ISREG(mode):
+        raise OSError("it is a pipe, socket or device, not a file")
+
+
+def _check_size(width: int, height: int) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise OSError(f"{width} x {height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS = {limit:,}")
+
+
+def _too_large_by(image: Image.Image) -> int:
+    """By what the sides may be divided; 1 for all but huge images."""
+    return max(1, min(image.size) // LARGE_SIDE)
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    factor = _too_large_by(image)
+    if factor == 1:
+        return image
+    return (image if image.mode in ("L", "RGB") else image.convert("RGB")).reduce(factor)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its camera noted."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged notes: the pixels may be whole
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -63,13 +136,16 @@ def to_pixels(image: Any, shape: Shape, box: Tensor | None = None) -> Tensor:
             f"an image is {image.dtype} of shape {tuple(image.shape)}: give PIL images, or uint8 tensors of "
             f"{channels} channels"
         )
+    height, width = image.shape[1:]
     if box is not None:
-        height, width = image.shape[1:]
         sides = torch.tensor([height, width, height, width])
         top, left, h, w = (box * sides).round().int().tolist()
         return v2.functional.resized_crop(image, top, left, max(1, h), max(1, w), [size, size], antialias=True)
     if image.shape[1:] == (size, size):
         return image
+    longest = THIN * min(height, width)
+    if max(height, width) > longest:
+        image = v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
     return v2.functional.center_crop(v2.functional.resize(image, [size], antialias=True), [size, size])
 
 
@@ -138,6 +214,14 @@ def read_all(reader: Reader, numbers: Numbers, workers: int, on_error: OnError) 
         readable[start : start + len(images)] = good
         start += len(images)
     return {"pixels": pixels, "readable": readable}
+
+
+def read_again(content: dict[str, Tensor], reader: Reader, numbers: Numbers) -> None:
+    """Try those images of `read_all` once more that could not be read: they may be readable by now, or are named."""
+    lost = np.flatnonzero(~content["readable"].numpy())
+    if len(lost):
+        for name, values in read_all(reader, numbers[lost], 0, "skip").items():
+            content[name][lost] = values
 
 
 def find_readable(reader: Reader, numbers: Numbers, workers: int) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from ff_lightning.data.base import ImageData
+from ff_lightning.data.loaders import EpochSampler
 
 GAP, TEXT = 2, 12
 """Pixels between the images, and for the name below each."""
@@ -69,7 +70,10 @@ def counts(data: ImageData) -> str:
 def contact_sheet(data: ImageData, rows: int = 4, columns: int = 8, zoom_to: int = 64) -> Image.Image:
     """The first training images of the first epoch with the names of their classes, at least `zoom_to` pixels each."""
     batches, wanted = [], rows * columns
-    for batch in data.train_dataloader():
+    loader = data.train_dataloader()
+    if isinstance(loader.sampler, EpochSampler):
+        loader.sampler.set_epoch(0)
+    for batch in loader:
         batches.append(batch)
         wanted -= len(batch[1])
         if wanted <= 0:

@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 from sklearn.utils import resample
 
+from ff_lightning.data.listing import first_five
 from ff_lightning.data.reading import Numbers
 from ff_lightning.suggest import unknown
 
@@ -60,15 +61,17 @@ def check_labels(labels: Numbers, names: Sequence[str], purpose: str) -> None:
     """Warn where a class has no image.
 
     Raises:
-        ValueError: If it is one to train on, or if there are more classes than names.
+        ValueError: If it is one to train on, if there are more classes than names, or no image at all.
     """
+    if not len(labels):
+        raise ValueError(f"there is no image for {purpose}")
     if labels.max() >= len(names):
         raise ValueError(f"an image for {purpose} is of class {labels.max()}: there are {len(names)} class names")
     missing = [names[number] for number in sorted(set(range(len(names))) - set(labels.tolist()))]
     if missing and purpose == "training":
-        raise ValueError(f"there is no image for training of {missing}")
+        raise ValueError(f"there is no image for training of {first_five(missing)}")
     if missing:
-        log.warning("there is no image for %s of %s", purpose, missing)
+        log.warning("there is no image for %s of %s", purpose, first_five(missing))
 
 
 def split_off(numbers: Numbers, labels: Numbers, size: float, seed: int, argument: str) -> tuple[Numbers, Numbers]:

@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
 
 from ff_lightning.data.base import IMAGENET_STATISTICS
 from ff_lightning.data.download import DownloadedData
-from ff_lightning.data.reading import load_image
+from ff_lightning.data.listing import FolderImages
 
 
-class TinyImageNetFolder(datasets.ImageFolder):
-    """One split of Tiny ImageNet in its own format.
+class TinyImageNetFolder(FolderImages):
+    """One split of Tiny ImageNet in its own format; the classes in the order of their names.
 
     Args:
         root: Folder with the folder ``tiny-imagenet-200``.
@@ -27,21 +26,12 @@ class TinyImageNetFolder(datasets.ImageFolder):
         base = Path(root) / "tiny-imagenet-200"
         if download and not base.exists():
             download_and_extract_archive(self.url, root, md5=self.md5)
-        super().__init__(str(base / split), loader=load_image)
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """The classes in the order of their names, for both splits."""
-        names = sorted((Path(directory).parent / "wnids.txt").read_text().split())
-        return names, {name: number for number, name in enumerate(names)}
-
-    @staticmethod
-    def make_dataset(directory: str | Path, class_to_idx: dict[str, int], *args: Any, **kwargs: Any) -> Any:
-        """Files and their classes."""
-        annotations = Path(directory) / "val_annotations.txt"
-        if not annotations.exists():
-            return datasets.ImageFolder.make_dataset(directory, class_to_idx, *args, **kwargs)
-        lines = [line.split("\t") for line in annotations.read_text().splitlines()]
-        return sorted((str(Path(directory) / "images" / name), class_to_idx[wnid]) for name, wnid, *_ in lines)
+        names = sorted((base / "wnids.txt").read_text().split())
+        super().__init__(base / split, names)
+        annotations = base / split / "val_annotations.txt"
+        if annotations.exists():
+            lines = [line.split("\t") for line in annotations.read_text().splitlines()]
+            self.samples = sorted((str(base / split / "images" / name), names.index(wnid)) for name, wnid, *_ in lines)
 
 
 SPLITS = {"train": {"split": "train"}, "test": {"split": "val"}}

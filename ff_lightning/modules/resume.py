@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import nn
 
+from ff_lightning.data.loaders import ResumableLoader
 from ff_lightning.distributed import Averaging
 
 
@@ -27,6 +28,23 @@ def restore_position(trainer: Trainer) -> None:
     if loop.restarting and loop._combined_loader_states_to_load:
         loop._load_combined_loader_states()
         iter(loop._data_fetcher)
+    if loop.restarting:
+        _count_batches_anew(trainer, loop)
+
+
+def _count_batches_anew(trainer: Trainer, loop: Any) -> None:
+    """Where batches have another size than before the interruption, count those of the epoch so far as if they had it.
+
+    A Trainer goes on with the number that it had: the epoch would end too early, or without its validation.
+    """
+    (loader, *others) = loop._combined_loader.flattened
+    if others or not isinstance(loader, ResumableLoader) or not loader.interrupted:
+        return
+    current = loop.epoch_loop.batch_progress.current
+    batches = len(loader) - loader.batches_after(loader.interrupted["images"])
+    change = min(batches, trainer.num_training_batches - 1) - current.ready
+    for count in ("ready", "started", "processed", "completed"):
+        setattr(current, count, getattr(current, count) + change)
 
 
 def random_states(world_size: int) -> list[dict[str, Any]]:
