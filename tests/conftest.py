@@ -24,6 +24,13 @@ def _reproducible():
     pl.seed_everything(0, verbose=False)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where images that were decoded are kept by default, in each test another folder."""
+    monkeypatch.setenv("FF_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def make_trainer(tmp_path):
     """A Trainer on the CPU that writes into the folder of the test and says nothing."""

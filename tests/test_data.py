@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import pickle
 import tarfile
 import types
@@ -250,6 +251,14 @@ def test_real_imagenette(name, tmp_path):
     assert labels.unique().numel() == 10
 
 
+def state_after(module, batches, epoch):
+    """The state of a loader that has given so many batches of an epoch."""
+    loader = module.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    list(itertools.islice(loader, batches))
+    return loader.state_dict()
+
+
 @pytest.mark.parametrize(("workers", "in_memory"), [(0, True), (0, False), (2, False)])
 @pytest.mark.parametrize("size", [16, 80])
 def test_a_loader_goes_on_where_it_stopped_with_the_same_images(image_folder, workers, in_memory, size):
@@ -263,7 +272,7 @@ def test_a_loader_goes_on_where_it_stopped_with_the_same_images(image_folder, wo
     whole = batches(module.train_dataloader())
     module.num_workers = workers
     loader = module.train_dataloader()
-    loader.load_state_dict({"epoch": 3, "given": 7})
+    loader.load_state_dict(state_after(module, 7, epoch=3))
     rest, following = batches(loader), batches(loader)
     assert len(whole) == 10
     assert torch.equal(torch.stack(rest), torch.stack(whole[7:]))

@@ -75,8 +75,8 @@ class ImageData(LightningDataModule):
         classes: Numbers or names of classes: only these, numbered from 0 in this order.
         download: Whether to download to `root` what is not there, if there is something to download.
         in_memory: Hold a split as one tensor of pixels; None: up to 2 GiB. Else workers read it batch by batch.
-        cache_dir: Folder for the decoded images of a set in memory that is made of files; None: ff_lightning in the
-            user's cache folder (``~/.cache`` or ``$XDG_CACHE_HOME``).
+        cache_dir: Folder for the decoded images of a set in memory that is made of files; None:
+            ``$FF_LIGHTNING_CACHE``, or ff_lightning in the user's folder of caches (``~/.cache``).
         on_error: An image that cannot be read is an error (``"raise"``) or is left out and reported (``"skip"``).
 
     Attributes:

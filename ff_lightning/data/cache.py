@@ -19,8 +19,9 @@ Stored = dict[str, torch.Tensor]
 
 
 def user_folder() -> Path:
-    """Where the user's caches are: ``$XDG_CACHE_HOME/ff_lightning``, or ``~/.cache/ff_lightning``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ff_lightning")
+    """Where the user's caches are: ``$FF_LIGHTNING_CACHE``, or ff_lightning in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    own, common = os.environ.get("FF_LIGHTNING_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(own or os.path.join(common, "ff_lightning")))
 
 
 def name_of(folder: str | Path) -> str:

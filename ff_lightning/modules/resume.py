@@ -38,13 +38,15 @@ def _count_batches_anew(trainer: Trainer, loop: Any) -> None:
     A Trainer goes on with the number that it had: the epoch would end too early, or without its validation.
     """
     (loader, *others) = loop._combined_loader.flattened
-    if others or not isinstance(loader, ResumableLoader) or not loader.interrupted:
+    position = getattr(loader, "interrupted", None)
+    if others or not isinstance(loader, ResumableLoader) or not position:
         return
     current = loop.epoch_loop.batch_progress.current
-    batches = len(loader) - loader.batches_after(loader.interrupted["images"])
-    change = min(batches, trainer.num_training_batches - 1) - current.ready
-    for count in ("ready", "started", "processed", "completed"):
-        setattr(current, count, getattr(current, count) + change)
+    batches = len(loader) - loader.batches_after(position["images"])
+    if position["epoch"] == loop.epoch_progress.current.processed and batches != current.ready:
+        change = min(batches, trainer.num_training_batches - 1) - current.ready
+        for count in ("ready", "started", "processed", "completed"):
+            setattr(current, count, getattr(current, count) + change)
 
 
 def random_states(world_size: int) -> list[dict[str, Any]]:
