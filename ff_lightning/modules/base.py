@@ -30,10 +30,10 @@ from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.checkpoints import WholeCheckpointIO
 from ff_lightning.distributed import Averaging
 from ff_lightning.modules import checks, resume
+from ff_lightning.modules.batches import images_and_classes
 from ff_lightning.modules.factories import make_plain, to_factory
 from ff_lightning.modules.reporting import Reporting
 from ff_lightning.modules.schedules import Schedule, make_scheduler, monitored, step_epoch_scheduler
-from ff_lightning.network import check_classes
 
 _EXPECTED = (
     "It is recommended to use .self.log",  # figures are the same on all processes before they are logged
@@ -148,7 +148,7 @@ class LocalLearner(Reporting):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         """One mini-batch through all blocks; block k+1 starts when block k has taken its step, unless it trains it."""
-        x, y = batch
+        x, y = images_and_classes(batch, self.num_classes, self.input_shape, training=True, look=batch_idx == 0)
         if self.automatic_optimization:
             losses = self.net.delivered_losses(x, y, self._scaler())
             self._idle = self.net.idle if self._idle is None else self._idle & self.net.idle
@@ -307,11 +307,6 @@ class LocalLearner(Reporting):
             resume.restore_position(self.trainer)
             resume.restore_random_state(interrupted["random"], self.trainer.global_rank)
             resume.restore_gradients(self, interrupted["gradients"])
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Check the classes of the first batch; on the CPU the network itself checks every batch."""
-        if batch_idx == 0:
-            check_classes(batch[1].cpu(), self.num_classes)
 
     def configure_callbacks(self) -> list[Any]:
         """Answer the Trainer flags that manual optimization cannot serve, before Lightning refuses them."""

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from ff_lightning.distributed import broadcast_buffers
+from ff_lightning.modules.batches import images_and_classes, images_of
 from ff_lightning.modules.metrics import BlockLosses, BlockScores
 
 
@@ -23,6 +24,8 @@ class Reporting(LightningModule):
 
     net: Any
     scores: Any
+    num_classes: int
+    input_shape: tuple[int, ...]
 
     def make_metrics(self) -> None:
         """Make the running figures of the blocks of the network."""
@@ -76,11 +79,11 @@ class Reporting(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accuracy of each block and of the vote."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch, batch_idx, "val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accuracy of each block and of the vote."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch, batch_idx, "test")
 
     def on_validation_epoch_end(self) -> None:
         """Log the accuracies of the whole set."""
@@ -90,8 +93,8 @@ class Reporting(LightningModule):
         """Log the accuracies of the whole set."""
         self._log_scores("test")
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
-        x, y = batch
+    def _evaluate(self, batch: tuple[Tensor, Tensor], batch_idx: int, stage: str) -> None:
+        x, y = images_and_classes(batch, self.num_classes, self.input_shape, training=False, look=batch_idx == 0)
         goodness = self.net.goodness(x)
         losses = torch.stack([self.net.criterion(of_block, y) for of_block in goodness])
         self.scores[stage].update(goodness, self.net.decide(goodness), losses, y)
@@ -110,4 +113,4 @@ class Reporting(LightningModule):
 
     def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Tensor:
         """Scores of the classes (B, K) for images, or for batches of images and classes."""
-        return self(batch if isinstance(batch, Tensor) else batch[0])
+        return self(images_of(batch, self.input_shape))
