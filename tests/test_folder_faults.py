@@ -279,6 +279,20 @@ def test_a_cache_that_may_not_be_written_is_a_warning(open_folder, monkeypatch, 
     assert not list(cache.iterdir())
 
 
+def test_a_full_disk_is_a_warning(image_folder, cache, caplog):
+    resource = pytest.importorskip("resource")
+    root = image_folder()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))  # no file may become larger
+    try:
+        module = read(root)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(module.train_set) == 20
+    assert "not kept for the next run" in caplog.text
+    assert all(path.suffix == ".pt" for path in cache.iterdir()), "nothing of it is left"
+
+
 def test_a_class_without_any_readable_image(image_folder):
     root = image_folder(count=2)
     for split in ("val", "train"):
