@@ -168,6 +168,22 @@ def test_a_run_goes_on_with_another_batch_size(before, after, batches, numbers, 
     assert resumed.validated == ([0, 1] if numbers else [1])
 
 
+def test_a_run_that_overfits_a_few_batches_goes_on(make_trainer, tmp_path):
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+
+    def run(ckpt_path=None, callbacks=()):
+        model, watch = SFF(backbone=small_net(3), num_classes=10, input_shape=(3, 16, 16)), Watch()
+        module = data.FakeImages(images=200, image_size=16, batch_size=32)
+        trainer = make_trainer(callbacks=[watch, *callbacks], enable_checkpointing=bool(callbacks), overfit_batches=2)
+        trainer.fit(model, module, ckpt_path=ckpt_path)
+        return [(epoch, number) for epoch, number, _ in watch.seen]
+
+    batches = run(callbacks=[keep])
+    assert batches == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for step in (1, 2, 3):
+        assert run(tmp_path / f"step={step}.ckpt") == batches[step:]
+
+
 def on_processes(count, batch_size, state=None):
     """A loader on each of so many processes, in the middle of an epoch."""
     loaders = []

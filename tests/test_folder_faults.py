@@ -309,7 +309,8 @@ def test_a_class_without_any_readable_image(image_folder):
 
 @pytest.mark.skipif(os.name != "posix", reason="names are text elsewhere")
 def test_names_that_are_not_utf8(image_folder, tmp_path, caplog, capsys):
-    root = image_folder(count=4)
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xe9"))
+    image_folder(count=4).rename(root)
     for split in ("train", "val", "test"):
         os.rename(os.fsencode(root / split / "cat"), os.fsencode(root / split) + b"/caf\xe9")
     odd = os.fsencode(root / "train") + b"/caf\xe9/\xff.png"
@@ -320,7 +321,8 @@ def test_names_that_are_not_utf8(image_folder, tmp_path, caplog, capsys):
         assert module.train_set.labels.tolist() == [0] * 5 + [1] * 4
     torch.save(list(module.class_names), tmp_path / "names.pt")
     assert torch.load(tmp_path / "names.pt", weights_only=True) == module.class_names
-    main(["sheet", "--data=ImageFolder", f"--data.root={root}", f"--out={tmp_path / 'sheet.png'}"])
+    (tmp_path / "plain").symlink_to(root)  # the command line takes text only
+    main(["sheet", "--data=ImageFolder", f"--data.root={tmp_path / 'plain'}", f"--out={tmp_path / 'sheet.png'}"])
     assert "caf\\xe9" in capsys.readouterr().out
     Path(os.fsdecode(odd)).write_bytes(b"no image")
     assert len(read(root, on_error="skip").train_set) == 8
@@ -329,6 +331,11 @@ def test_names_that_are_not_utf8(image_folder, tmp_path, caplog, capsys):
     with pytest.raises(OSError, match=r"train/caf\\xe9/\\xff.png") as caught:
         read(root)
     str(caught.value).encode()
+    shutil.rmtree(root / "val")
+    (root / "train" / "dog" / "x.gif").touch()
+    with pytest.raises(OSError, match=r"r\\xe9"):
+        read(root)
+    caplog.text.encode()
 
 
 # ------------------------------------------------------------------------------------------------- as the camera meant

@@ -109,11 +109,12 @@ def _folders(root: Path) -> dict[str, Path]:
     if "val" in folders and "test" not in folders:
         name = folders["val"].name
         log.warning(
-            "%s has no folder 'test': %r is the test set, and validation images are cut from 'train'", root, name
-        )
+            "%s has no folder 'test': %r is the test set, and validation images are cut from 'train'",
+            printable(root), name,
+        )  # fmt: skip
         folders["test"] = folders.pop("val")
     elif "val" not in folders:
-        log.warning("%s has no folder 'val': validation images are cut from 'train'", root)
+        log.warning("%s has no folder 'val': validation images are cut from 'train'", printable(root))
     return folders
 
 
@@ -130,15 +131,15 @@ def _class_names(folders: dict[str, Path], listings: dict[str, Listing]) -> list
     names = list(listings["train"].images)
     if len(names) < 2:
         raise FileNotFoundError(
-            f"{folders['train']} must hold a folder for each of two or more classes: it holds the folders {names} and "
-            f"other files: {first_five(_loose(folders['train']))}"
+            f"{printable(folders['train'])} must hold a folder for each of two or more classes: it holds the "
+            f"folders {names} and other files: {first_five(_loose(folders['train']))}"
         )
     for split, listing in listings.items():
         differ = sorted(set(listing.images) ^ set(names))
         if differ:
             raise FileNotFoundError(
-                f"{folders[split]} and {folders['train']} must hold the same classes, but differ in "
-                f"{first_five(differ)}"
+                f"{printable(folders[split])} and {printable(folders['train'])} must hold the same classes, but differ "
+                f"in {first_five(differ)}"
             )
         for name, images in listing.images.items():
             if not images:
@@ -150,7 +151,7 @@ def _class_names(folders: dict[str, Path], listings: dict[str, Listing]) -> list
             kinds = ", ".join(f"{count} {kind}" for kind, count in listing.passed_over.most_common(5))
             log.warning(
                 "passed over %d files in %s that are no images of a class: %s",
-                listing.passed_over.total(), folders[split], kinds,
+                listing.passed_over.total(), printable(folders[split]), kinds,
             )  # fmt: skip
     return names
 
@@ -181,8 +182,6 @@ def _content(file: str) -> torch.Tensor:
         content = read_bytes(file)
     except OSError:
         return NOTHING
-    return (
-        torch.frombuffer(bytearray(hashlib.blake2b(content, digest_size=16).digest()), dtype=torch.uint8)
-        if content
-        else NOTHING
-    )
+    if not content:
+        return NOTHING
+    return torch.frombuffer(bytearray(hashlib.blake2b(content, digest_size=16).digest()), dtype=torch.uint8)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import nn
 
-from ff_lightning.data.loaders import ResumableLoader
+from ff_lightning.data.loaders import EpochSampler, ResumableLoader
 from ff_lightning.distributed import Averaging
 
 
@@ -38,8 +38,10 @@ def _count_batches_anew(trainer: Trainer, loop: Any) -> None:
     A Trainer goes on with the number that it had: the epoch would end too early, or without its validation.
     """
     (loader, *others) = loop._combined_loader.flattened
-    position = getattr(loader, "interrupted", None)
-    if others or not isinstance(loader, ResumableLoader) or not position:
+    if others or not isinstance(loader, ResumableLoader) or not isinstance(loader.sampler, EpochSampler):
+        return
+    position = loader.interrupted
+    if position is None:
         return
     current = loop.epoch_loop.batch_progress.current
     batches = len(loader) - loader.batches_after(position["images"])
