@@ -41,6 +41,8 @@ from ff_lightning.data.reading import (
     read_all,
 )
 from ff_lightning.data.splits import ValFrom, check_labels, class_numbers, renumber, split_off, take_subset
+from ff_lightning.modules.plain import make_plain, to_plain
+from ff_lightning.modules.trust import SafeLoading
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ MEMORY_LIMIT = 2 * 2**30
 FORMAT = 1  # of what is cached: a change of how images are read makes the files of before stale
 
 
-class ImageData(LightningDataModule):
+class ImageData(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one more argument, strict, for models
     """Base of the data modules: images (B, C, H, W), float32, normalised; classes (B,), int64.
 
     All data sets have the same defaults, so that another ``--data`` on the command line changes nothing else. A data
@@ -114,6 +116,12 @@ class ImageData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        plain = make_plain(self.hparams)
+        self.hparams.clear()
+        self.save_hyperparameters(plain, logger=False)
+        root, batch_size, num_workers, image_size, seed, classes, cache_dir = to_plain(
+            (root, batch_size, num_workers, image_size, seed, classes, cache_dir)
+        )
         for name, value in (
             ("batch_size", batch_size), ("image_size", image_size),
             ("samples_per_class", samples_per_class), ("subset", subset),
