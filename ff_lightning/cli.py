@@ -91,7 +91,11 @@ class CLI(LightningCLI):
         try:
             check_whole(path)
             defaults = self._stored_in(read(fetched(path)))
-        except (ValueError, UnpicklingError) as error:
+        except UnpicklingError:
+            parser.error(
+                f"ckpt_path={path!r} holds more than tensors and plain values: it could run code and is not read"
+            )
+        except ValueError as error:
             parser.error(str(error))
         if defaults:
             self._subcommand_parsers[subcommand].set_defaults(defaults)

@@ -41,7 +41,7 @@ from ff_lightning.data.reading import (
     read_all,
 )
 from ff_lightning.data.splits import ValFrom, check_labels, class_numbers, renumber, split_off, take_subset
-from ff_lightning.modules.plain import make_plain, to_plain
+from ff_lightning.modules.plain import store_arguments, to_plain
 from ff_lightning.modules.trust import SafeLoading
 
 log = logging.getLogger(__name__)
@@ -115,10 +115,7 @@ class ImageData(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one 
         on_error: OnError = "raise",
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
-        plain = make_plain(self.hparams)
-        self.hparams.clear()
-        self.save_hyperparameters(plain, logger=False)
+        store_arguments(self, logger=False)
         root, batch_size, num_workers, image_size, seed, classes, cache_dir = to_plain(
             (root, batch_size, num_workers, image_size, seed, classes, cache_dir)
         )

@@ -14,6 +14,7 @@ Shapes: B batch, K classes, L blocks.
 """
 
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast
@@ -31,7 +32,7 @@ from ff_lightning.checkpoints import WholeCheckpointIO
 from ff_lightning.distributed import Averaging
 from ff_lightning.modules import checks, resume
 from ff_lightning.modules.factories import to_factory
-from ff_lightning.modules.plain import make_checkpoint_plain, make_plain, to_plain
+from ff_lightning.modules.plain import make_checkpoint_plain, store_arguments, to_plain
 from ff_lightning.modules.reporting import Reporting
 from ff_lightning.modules.schedules import Schedule, make_scheduler, monitored, step_epoch_scheduler
 from ff_lightning.modules.trust import SafeLoading
@@ -92,13 +93,7 @@ class LocalLearner(SafeLoading, Reporting):
         memory_format: Literal["contiguous", "channels_last"] | None = None,
     ) -> None:
         super().__init__()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
-            self.save_hyperparameters()
-        plain = make_plain(self.hparams)
-        plain.pop("weights", None)  # where the run began; a checkpoint has weights of its own
-        self.hparams.clear()
-        self.save_hyperparameters(plain)
+        store_arguments(self, without=("weights",))  # where the run began; a checkpoint has weights of its own
         num_classes, input_shape, lr, lr_decay, clip_norm, clip_value, accumulate = to_plain(
             (num_classes, input_shape, lr, lr_decay, clip_norm, clip_value, accumulate)
         )
@@ -136,6 +131,8 @@ class LocalLearner(SafeLoading, Reporting):
         """The network itself, or the one of this name for the shape of the images; see `ff_lightning.backbones`."""
         if isinstance(backbone, str):
             return build_backbone(backbone, self.num_classes, self.input_shape, stem, weights)
+        if isinstance(backbone, Mapping):
+            backbone = cast(nn.Module, to_factory("backbone", backbone, nn.Module)())
         if weights is not None:
             raise ValueError(f"weights={weights!r}: load them into the backbone that you give, with load_state_dict")
         if stem != "standard":

@@ -3,12 +3,14 @@
 import functools
 from typing import Any
 
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
-given_hyperparameters = _given_hyperparameters_context
-"""Has `save_hyperparameters` store these: what the command line, or a checkpoint of it, said of a model; its
-constructor sees what was made of that."""
+given_hyperparameters = _given_hyperparameters
+"""Where the command line leaves what it was told of a model, to be stored; the constructor sees what was made of it."""
+
+hyperparameters_given = _given_hyperparameters_context
+"""Leaves hyper-parameters there, for a model that is loaded again."""
 
 restricted_classmethod = _restricted_classmethod
 """Refuses `model.load_from_checkpoint(...)`, whose result is easily overlooked, as Lightning's own does."""
@@ -20,10 +22,10 @@ INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 def unwrapped(factory: Any) -> Any:
     """A partial of the class itself, for what the command line makes of a class that is an argument.
 
-    jsonargparse hands over ``partial(instantiator, cls, **arguments)``.
+    jsonargparse hands over a partial of functions of its own, which are given the class.
     """
-    if isinstance(factory, functools.partial) and len(factory.args) == 1 and isinstance(factory.args[0], type):
-        module = getattr(factory.func, "__module__", None) or type(factory.func).__module__
-        if module.startswith("jsonargparse."):
-            return functools.partial(factory.args[0], **factory.keywords)
+    if isinstance(factory, functools.partial):
+        classes = [thing for thing in factory.args if isinstance(thing, type)]
+        if len(classes) == 1 and getattr(factory.func, "__module__", "").startswith("jsonargparse."):
+            return functools.partial(classes[0], **factory.keywords)
     return factory

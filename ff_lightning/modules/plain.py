@@ -6,17 +6,20 @@ in the checkpoint.
 """
 
 import functools
+import inspect
 import os
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
-from ff_lightning.modules.lightning_private import unwrapped
+from ff_lightning.modules.lightning_private import given_hyperparameters, hyperparameters_given, unwrapped
 from ff_lightning.modules.trust import is_nameable
 
 _SCALARS: tuple[tuple[Any, Any], ...] = (
@@ -68,6 +71,28 @@ def to_plain(value: Any) -> Any:
     raise NotPlainError(value)
 
 
+def store_arguments(module: HyperparametersMixin, without: Collection[str] = (), logger: bool = True) -> None:
+    """Lightning's `save_hyperparameters`, called in an `__init__`; what is stored is plain, and no network is copied.
+
+    Args:
+        module: Whose arguments they are, those of its subclasses among them.
+        without: Names of arguments that are not stored.
+        logger: Whether loggers are told.
+
+    Raises:
+        ValueError: If an argument cannot be stored.
+    """
+    arguments = given_hyperparameters.get()
+    if arguments is None:
+        frame = cast(Any, inspect.currentframe()).f_back
+        arguments = {}
+        for of_class in collect_init_args(frame, [], classes=(HyperparametersMixin,)):
+            arguments |= of_class
+    plain = make_plain({name: value for name, value in arguments.items() if name not in without})
+    with hyperparameters_given({}, ""):  # else Lightning compares them with the arguments, which may be arrays
+        module.save_hyperparameters(plain, logger=logger)
+
+
 def make_plain(hparams: Mapping[str, Any], strict: bool = True) -> dict[str, Any]:
     """Hyper-parameters for a checkpoint; see above.
 
@@ -102,14 +127,13 @@ def make_plain(hparams: Mapping[str, Any], strict: bool = True) -> dict[str, Any
 
 
 def make_checkpoint_plain(checkpoint: dict[str, Any]) -> None:
-    """Keep a checkpoint readable that Lightning has put together: also other data modules, and states, hold numbers."""
-    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
-        if key in checkpoint:
-            checkpoint[key] = make_plain(checkpoint[key], strict=False)
-    checkpoint.pop("hparams_type", None)  # of a config object, which is a dict now
-    for key in ("optimizer_states", "lr_schedulers"):
-        if key in checkpoint:
-            checkpoint[key] = _with_plain_numbers(checkpoint[key])
+    """Keep a checkpoint readable that Lightning has put together: other data modules and callbacks add to it too."""
+    checkpoint.pop("hparams_type", None)  # of a config object, which becomes a dict here
+    for key, content in checkpoint.items():
+        if key.endswith("hyper_parameters"):
+            checkpoint[key] = make_plain(content, strict=False)
+        elif key != "state_dict":
+            checkpoint[key] = _with_plain_numbers(content)
 
 
 def _with_plain_numbers(state: Any) -> Any:

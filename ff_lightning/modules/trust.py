@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ff_lightning.checkpoints import fetched, read
-from ff_lightning.modules.lightning_private import INSTANTIATOR, given_hyperparameters, restricted_classmethod
+from ff_lightning.modules.lightning_private import INSTANTIATOR, hyperparameters_given, restricted_classmethod
 
 PACKAGES = ("torch", "torchvision", "lightning", "ff_lightning")
 """Their modules are imported where a checkpoint names one of their classes."""
@@ -122,7 +122,9 @@ def check_stored(part: str, stored: Any, kind: type, own: Any = None, parsed: bo
     data = _data_arguments(cls)
     for name, value in stored.items():
         if not name.startswith("_") and not (name in given and _same(value, given[name])):
-            with _advice(f"--{part}.{name} ..., or load_from_checkpoint({name}=...)"):
+            path = value.get("class_path") if isinstance(value, Mapping) else value
+            own_name = path if isinstance(path, str) else "..."
+            with _advice(f"--{part}.{name} {own_name}, or load_from_checkpoint({name}=...)"):
                 check.key(name)
                 check.value(name, value, data.get(name, False))
 
@@ -207,7 +209,9 @@ def _named_in(own: Any) -> Iterator[Any]:
 
 
 def _same(value: Any, own: Any) -> bool:
-    return type(value) is type(own) and not isinstance(value, Tensor) and bool(value == own)
+    with suppress(Exception):  # of tensors, which are compared one by one
+        return type(value) is type(own) and bool(value == own)
+    return False
 
 
 def _data_arguments(cls: Any) -> dict[str, bool]:
@@ -281,5 +285,5 @@ class SafeLoading:
         check_stored(part, stored, cls, parsed=instantiator is not None)
         if instantiator is None:
             return load()
-        with given_hyperparameters({**stored, **kwargs}, instantiator):  # what is made of them cannot be stored again
+        with hyperparameters_given({**stored, **kwargs}, instantiator):  # what is made of them cannot be stored again
             return load()
