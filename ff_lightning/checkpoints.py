@@ -1,11 +1,13 @@
 """Checkpoint files that are whole or not there."""
 
+import io
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from ff_lightning.files import whole
 
@@ -26,14 +28,47 @@ class WholeCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, part)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint.
+        """Read a checkpoint, from a URL as well without running code.
 
         Raises:
             ValueError: If the file is not a whole checkpoint.
         """
+        if is_remote(path):
+            return read(fetched(path), *args, **kwargs)
         check_whole(path)
         loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
         return loaded
+
+
+def is_remote(path: Any) -> bool:
+    """Whether a path is a URL."""
+    return "://" in str(path)
+
+
+def fetched(path: Any) -> Any:
+    """What lies at a URL, in memory; all else as it is.
+
+    Lightning reads ``http://`` with ``weights_only=False``, and keeps it under the file's name for the next URL that
+    ends in the same name.
+    """
+    return io.BytesIO(get_filesystem(path).cat_file(str(path))) if is_remote(path) else path
+
+
+def read(source: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
+    """The content of a checkpoint: tensors and plain values, and no code unless that is asked for.
+
+    Args:
+        source: A path, whose tensors are read when they are used, or an open file, which is left where it stands.
+        map_location: Where the tensors go; see `torch.load`.
+        weights_only: False: run the code that the file brings.
+    """
+    only = weights_only is not False
+    if isinstance(source, str | Path):
+        return torch.load(source, map_location=map_location, weights_only=only, mmap=is_zipfile(source))
+    start = source.tell()
+    content = torch.load(source, map_location=map_location, weights_only=only)
+    source.seek(start)
+    return content
 
 
 def check_whole(path: Any) -> None:

@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn, cast
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -20,9 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ff_lightning import __version__, data, modules
 from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint
-from ff_lightning.checkpoints import check_whole
+from ff_lightning.checkpoints import check_whole, fetched, is_remote, read
 from ff_lightning.data.sheet import main as sheet
 from ff_lightning.modules import LocalLearner
+from ff_lightning.modules.trust import check_stored
 from ff_lightning.suggest import closest
 
 _PACKAGE = Path(__file__).parent
@@ -83,24 +84,35 @@ class CLI(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config.subcommand
         path = self.config[subcommand].get("ckpt_path")
-        if not path or path in ("best", "last", "hpc", "registry") or "://" in path:
+        if not path or path in ("best", "last", "hpc", "registry"):
             return
-        if not Path(path).is_file():
+        if not is_remote(path) and not Path(path).is_file():
             parser.error(f"ckpt_path={path!r}: there is no such file")
         try:
             check_whole(path)
+            defaults = self._stored_in(read(fetched(path)))
+        except UnpicklingError:
+            parser.error(
+                f"ckpt_path={path!r} holds more than tensors and plain values: it could run code and is not read"
+            )
         except ValueError as error:
             parser.error(str(error))
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-        defaults = {}
-        for part, key in (("model", "hyper_parameters"), ("data", "datamodule_hyper_parameters")):
-            stored = checkpoint.get(key, {})
-            if "_class_path" in stored:
-                arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
-                defaults[part] = {"class_path": stored["_class_path"], "init_args": arguments}
         if defaults:
             self._subcommand_parsers[subcommand].set_defaults(defaults)
             super().parse_arguments(parser, args)
+
+    def _stored_in(self, checkpoint: Any) -> dict[str, Any]:
+        """Model and data of a checkpoint that was written by the command line, if it may name what it names."""
+        found = {}
+        for part, key, kind in (
+            ("model", "hyper_parameters", LocalLearner), ("data", "datamodule_hyper_parameters", LightningDataModule),
+        ):  # fmt: skip
+            stored = checkpoint.get(key, {})
+            if "_class_path" in stored:
+                check_stored(part, stored, kind, self.config[self.config.subcommand].get(part))
+                arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
+                found[part] = {"class_path": stored["_class_path"], "init_args": arguments}
+        return found
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has done it, without overruling the command line."""

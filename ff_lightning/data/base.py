@@ -42,6 +42,8 @@ from ff_lightning.data.reading import (
     read_all,
 )
 from ff_lightning.data.splits import ValFrom, check_labels, class_numbers, renumber, split_off, take_subset
+from ff_lightning.modules.plain import store_arguments, to_plain
+from ff_lightning.modules.trust import SafeLoading
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ FORMAT = 2  # of what is cached: a change of how images are read makes the files
 PURPOSES = {"train": "training", "val": "validation", "test": "test"}
 
 
-class ImageData(LightningDataModule):
+class ImageData(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one more argument, strict, for models
     """Base of the data modules: images (B, C, H, W), float32, normalised; classes (B,), int64.
 
     All data sets have the same defaults, so that another ``--data`` on the command line changes nothing else. A data
@@ -116,7 +118,10 @@ class ImageData(LightningDataModule):
         on_error: OnError = "raise",
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
+        store_arguments(self, logger=False)
+        root, batch_size, num_workers, image_size, seed, classes, cache_dir = to_plain(
+            (root, batch_size, num_workers, image_size, seed, classes, cache_dir)
+        )
         for name, value in (
             ("batch_size", batch_size), ("image_size", image_size),
             ("samples_per_class", samples_per_class), ("subset", subset),

@@ -14,6 +14,7 @@ Shapes: B batch, K classes, L blocks.
 """
 
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast
@@ -31,9 +32,11 @@ from ff_lightning.checkpoints import WholeCheckpointIO
 from ff_lightning.distributed import Averaging
 from ff_lightning.modules import checks, resume
 from ff_lightning.modules.batches import images_and_classes
-from ff_lightning.modules.factories import make_plain, to_factory
+from ff_lightning.modules.factories import to_factory
+from ff_lightning.modules.plain import make_checkpoint_plain, store_arguments, to_plain
 from ff_lightning.modules.reporting import Reporting
 from ff_lightning.modules.schedules import Schedule, make_scheduler, monitored, step_epoch_scheduler
+from ff_lightning.modules.trust import SafeLoading
 
 _EXPECTED = (
     "It is recommended to use .self.log",  # figures are the same on all processes before they are logged
@@ -42,7 +45,7 @@ _EXPECTED = (
 """Warnings of Lightning that do not apply here."""
 
 
-class LocalLearner(Reporting):
+class LocalLearner(SafeLoading, Reporting):
     """Base of all methods: a network of blocks, each with an optimizer of its own, in Lightning.
 
     A method makes its network in `__init__` and hands it to `set_network`; the rest is here. The network offers
@@ -90,6 +93,10 @@ class LocalLearner(Reporting):
         memory_format: Literal["contiguous", "channels_last"] | None = None,
     ) -> None:
         super().__init__()
+        store_arguments(self, without=("weights",))  # where the run began; a checkpoint has weights of its own
+        num_classes, input_shape, lr, lr_decay, clip_norm, clip_value, accumulate = to_plain(
+            (num_classes, input_shape, lr, lr_decay, clip_norm, clip_value, accumulate)
+        )
         checks.check_arguments(
             num_classes,
             lr,
@@ -102,18 +109,11 @@ class LocalLearner(Reporting):
             accumulate,
             memory_format,
         )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
-            self.save_hyperparameters()
-        plain = make_plain(self.hparams)
-        plain.pop("weights", None)  # where the run began; a checkpoint has weights of its own
-        self.hparams.clear()
-        self.save_hyperparameters(plain)
         self.num_classes = cast(int, num_classes)
         self.input_shape = tuple(input_shape or (3, 32, 32))
         self.automatic_optimization = optimization == "automatic"
         default = partial(torch.optim.AdamW, fused=True)
-        self.make_optimizer = to_factory("optimizer", optimizer) if optimizer else default
+        self.make_optimizer = to_factory("optimizer", optimizer, Optimizer) if optimizer else default
         self.lr = lr if lr is not None or optimizer else 5e-3
         self.lr_decay = lr_decay
         self.schedule = lr_scheduler
@@ -131,6 +131,8 @@ class LocalLearner(Reporting):
         """The network itself, or the one of this name for the shape of the images; see `ff_lightning.backbones`."""
         if isinstance(backbone, str):
             return build_backbone(backbone, self.num_classes, self.input_shape, stem, weights)
+        if isinstance(backbone, Mapping):
+            backbone = cast(nn.Module, to_factory("backbone", backbone, nn.Module)())
         if weights is not None:
             raise ValueError(f"weights={weights!r}: load them into the backbone that you give, with load_state_dict")
         if stem != "standard":
@@ -330,7 +332,7 @@ class LocalLearner(Reporting):
         self._interrupted = checkpoint.get("ff_lightning", {})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what `resume` says, unless the run went wrong."""
+        """Add what `resume` says, unless the run went wrong; keep it plain."""
         trainer = self.trainer
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
@@ -342,6 +344,7 @@ class LocalLearner(Reporting):
             "random": resume.random_states(trainer.world_size),
             "gradients": resume.gradients(self, trainer.world_size) if in_window else {},
         }
+        make_checkpoint_plain(checkpoint)
 
 
 def _unscales_by_itself(optimizer: Optimizer) -> bool:

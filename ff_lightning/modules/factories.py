@@ -1,30 +1,36 @@
-"""Optimizers and schedulers as arguments: from Python, from YAML and from a checkpoint.
+"""Optimizers, schedulers, heads and networks as arguments: from Python, from YAML and from a checkpoint.
 
-A checkpoint is read without running any code, so what is stored is always ``{class_path, init_args}``.
+A checkpoint is read without running any code, so what is stored is always ``{class_path, init_args}``. That may come
+from a checkpoint of somebody else's: it is looked up by the rules for those, in `ff_lightning.modules.trust`.
 """
 
 import functools
-import importlib
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from ff_lightning.modules.plain import NotPlainError, to_plain
+from ff_lightning.modules.trust import named_class
 
 
-def to_factory(argument: str, value: Any) -> Callable[..., Any]:
+def to_factory(argument: str, value: Any, kind: type) -> Callable[..., Any]:
     """The function that a class, a partial, a function or ``{class_path, init_args}`` stands for.
 
+    Args:
+        argument: For the error.
+        value: What was given.
+        kind: A class that is named by its path must be a subclass of this one.
+
     Raises:
-        ValueError: If the value is none of these, or the class path leads nowhere.
+        ValueError: If the value is none of these, or the class path stands for another kind of class, or for one whose
+            module is not imported.
     """
     if isinstance(value, Mapping) and "class_path" in value:
-        module, _, name = str(value["class_path"]).rpartition(".")
-        try:
-            made = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"{argument}: class_path={value['class_path']!r} cannot be imported: {error}") from error
-        return functools.partial(made, **dict(value.get("init_args") or {}))
+        arguments = value.get("init_args") or {}
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"{argument}: init_args={arguments!r} must be a dict")
+        return functools.partial(named_class(argument, value["class_path"], (kind,)), **_plain(arguments))
+    if isinstance(value, functools.partial):
+        return functools.partial(value.func, *value.args, **_plain(value.keywords))
     if callable(value):
         return value
     raise ValueError(
@@ -32,24 +38,12 @@ def to_factory(argument: str, value: Any) -> Callable[..., Any]:
     )
 
 
-def make_plain(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyper-parameters as names, numbers and {class_path, init_args}; networks and functions are left out."""
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with plain numbers, which optimizers and schedulers put into the checkpoint; code stays as it is."""
     plain = {}
-    for name, value in hparams.items():
-        if isinstance(value, functools.partial) and not value.args and isinstance(value.func, type):
-            plain[name] = {"class_path": _path(value.func), "init_args": dict(value.keywords)}
-        elif isinstance(value, type):
-            plain[name] = {"class_path": _path(value), "init_args": {}}
-        elif not callable(value):
-            plain[name] = value
-        elif not isinstance(value, nn.Module):
-            warnings.warn(
-                f"{name} is a function and is not stored in checkpoints: give it to load_from_checkpoint again, or "
-                "give a class or {class_path, init_args}",
-                stacklevel=4,
-            )
+    for name, value in arguments.items():
+        try:
+            plain[str(name)] = to_plain(value)
+        except NotPlainError:
+            plain[str(name)] = value
     return plain
-
-
-def _path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

@@ -24,7 +24,7 @@ def make_scheduler(module: Any, optimizer: Optimizer) -> LRScheduler | ReduceLRO
         return OneCycleLR(optimizer, max_lr=rates, total_steps=total_steps(module), cycle_momentum=momentum)
     if module.schedule == "cosine":
         return CosineAnnealingLR(optimizer, T_max=total_steps(module))
-    made: LRScheduler | ReduceLROnPlateau = to_factory("lr_scheduler", module.schedule)(optimizer)
+    made: LRScheduler | ReduceLROnPlateau = to_factory("lr_scheduler", module.schedule, LRScheduler)(optimizer)
     return made
 
 

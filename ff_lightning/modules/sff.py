@@ -9,6 +9,7 @@ from ff_lightning.goodness import HeadFactory
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.modules.base import LocalLearner
 from ff_lightning.modules.factories import to_factory
+from ff_lightning.modules.plain import to_plain
 from ff_lightning.network import LocalNet, Norm
 from ff_lightning.partition import Granularity
 
@@ -61,12 +62,13 @@ class SFF(LocalLearner):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
+        granularity, reach, train_blocks = to_plain((granularity, reach, train_blocks))
         self.set_network(
             LocalNet(
                 self.build_backbone(backbone, stem, weights),
                 self.num_classes,
                 granularity,
-                head if isinstance(head, str) else to_factory("head", head),
+                head if isinstance(head, str) else to_factory("head", head, nn.Module),
                 norm,
                 vote,
                 self.input_shape,

@@ -1,0 +1,31 @@
+"""Private names of Lightning and jsonargparse that the package cannot do without, each with its reason."""
+
+import functools
+from typing import Any
+
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
+
+given_hyperparameters = _given_hyperparameters
+"""Where the command line leaves what it was told of a model, to be stored; the constructor sees what was made of it."""
+
+hyperparameters_given = _given_hyperparameters_context
+"""Leaves hyper-parameters there, for a model that is loaded again."""
+
+restricted_classmethod = _restricted_classmethod
+"""Refuses `model.load_from_checkpoint(...)`, whose result is easily overlooked, as Lightning's own does."""
+
+INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+"""What the command line stores as ``_instantiator``: Lightning then makes the model by its command line's rules."""
+
+
+def unwrapped(factory: Any) -> Any:
+    """A partial of the class itself, for what the command line makes of a class that is an argument.
+
+    jsonargparse hands over a partial of functions of its own, which are given the class.
+    """
+    if isinstance(factory, functools.partial):
+        classes = [thing for thing in factory.args if isinstance(thing, type)]
+        if len(classes) == 1 and getattr(factory.func, "__module__", "").startswith("jsonargparse."):
+            return functools.partial(classes[0], **factory.keywords)
+    return factory
