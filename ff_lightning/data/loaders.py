@@ -106,7 +106,7 @@ class ResumableLoader(BatchLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # lazy: a Trainer calls iter() before it tells the sampler the epoch
         sampler, state, self.interrupted = cast(EpochSampler, self.sampler), self.interrupted, None
-        self.given = state["given"] % len(self) if state and state["epoch"] == sampler.epoch else 0
+        self.given = state["given"] % len(self) if state and state["epoch"] == self._epoch else 0
         sampler.start = self.given * cast(int, self.batch_size)
         for batch in super().__iter__():
             self.given += 1
@@ -114,7 +114,11 @@ class ResumableLoader(BatchLoader):
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and the number of batches given in it."""
-        return {"epoch": cast(EpochSampler, self.sampler).epoch, "given": self.given}
+        return {"epoch": self._epoch, "given": self.given}
+
+    @property
+    def _epoch(self) -> int:
+        return getattr(self.sampler, "epoch", 0)  # Trainer(overfit_batches=...) takes another sampler
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Start after so many batches, if the next epoch is the one that was interrupted."""

@@ -12,9 +12,31 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 
 from ff_lightning.distributed import Averaging
+
+
+def restore_window(trainer: Trainer, window: int, waiting: bool) -> None:
+    """Go on with the accumulation of gradients; a `GradientAccumulationScheduler` speaks only when an epoch begins.
+
+    Args:
+        trainer: Of the run that goes on.
+        window: Number of batches of an accumulation when the checkpoint was written.
+        waiting: Whether it was not complete.
+
+    Raises:
+        ValueError: If gradients of a window wait, and those of this run are of another length.
+    """
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in cast(Any, trainer).callbacks):
+        trainer.accumulate_grad_batches = window
+    own = max(cast(Any, trainer.lightning_module).accumulate, trainer.accumulate_grad_batches)
+    if waiting and own != window:
+        raise ValueError(
+            f"the checkpoint was written in the middle of an accumulation of {window} batches, this run has accumulate="
+            f"{own}: resume with accumulate={window}, or from the end of an epoch"
+        )
 
 
 def restore_position(trainer: Trainer) -> None:
