@@ -109,7 +109,7 @@ class CLI(LightningCLI):
         """Make the Trainer; without checkpoints where they are switched off."""
         settings = self.config_init[self.subcommand].trainer
         if settings.enable_checkpointing is False or settings.barebones:
-            cast(LightningArgumentParser, self._parser(self.subcommand)).callback_keys = []
+            self._parser(self.subcommand).callback_keys = []
         return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
