@@ -72,7 +72,7 @@ BASE = {  # the rows, and in each what a user may write and what comes of it in 
                 "lightning.pytorch.cli.ReduceLROnPlateau",
                 "--model.lr_scheduler.monitor",
                 "val/loss",
-            ],  # noqa: E501
+            ],
             WORKS,
         ),
     ],

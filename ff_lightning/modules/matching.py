@@ -134,16 +134,22 @@ def _shortened(names: Sequence[str]) -> str:
 # -------------------------------------------------------------------------------------------------------------- the run
 
 
-def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
     """Compare the settings of an interrupted run with those of the run that goes on with it.
 
     Args:
         saved: Arguments of the model that wrote the checkpoint.
         own: Arguments of the model that reads it.
+        checkpoint: The checkpoint.
 
     Raises:
-        ValueError: If the state of optimizers or schedules would not fit.
+        ValueError: If the state of optimizers or schedules is not there, or would not fit.
     """
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(
+            "the checkpoint holds weights alone (save_weights_only=True): no run can be resumed from it; start "
+            "a new one from its weights with weights=FILE instead of ckpt_path=FILE"
+        )
     both = {name: (saved[name], own[name]) for name in _TRAINING if name in saved and name in own}
     classes = {name: [_class_of(name, value) for value in both[name]] for name in _WITH_STATE if name in both}
     fixed = {name: list(both[name]) for name in ("optimization",) if name in both} | classes

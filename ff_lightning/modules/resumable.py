@@ -70,12 +70,13 @@ class Resumable(Reporting):
         saved = checkpoint.get("ff_lightning", {})
         arguments = saved.get("arguments", checkpoint.get("hyper_parameters", {}))
         if self._data is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            matching.check_same_run(arguments, self.hparams)
+            matching.check_same_run(arguments, self.hparams, checkpoint)
         checks.check_architecture(self.state_dict(), self.hparams, checkpoint)
         matching.check_same_network(arguments, self.hparams)
         self.trained_on = saved.get("data", {})
         if self._data is not None:  # else there is no Trainer yet
             matching.check_same_data(self.trained_on, self._data)
+            resume.restore_frozen(self, saved.get("frozen"))
         self._interrupted = {**saved, "optimizers": matching.groups_of(checkpoint.get("optimizer_states", ()))}
 
     def on_fit_start(self) -> None:
@@ -96,6 +97,7 @@ class Resumable(Reporting):
             "arguments": {name: value for name, value in self.hparams.items() if not name.startswith("_")},
             "data": self.trained_on,
             "window": self._window,
+            "frozen": [name for name, parameter in self.named_parameters() if not parameter.requires_grad],
             "random": resume.random_states(trainer.world_size),
             "gradients": resume.gradients(self, trainer.world_size) if in_window else {},
         }
