@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from tests import ddp_worker
@@ -172,3 +173,23 @@ def alone_and_together(name, strategy):
     ddp_worker.trainer(devices=1).fit(alone, loader)
     ddp_worker.trainer(devices=2, strategy=strategy).fit(together, ddp_worker.SplitData())
     return alone.state_dict(), together.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("manual", {"gradient_as_bucket_view": True}),
+        ("manual", {"find_unused_parameters": True}),
+        ("automatic", {"gradient_as_bucket_view": True}),
+        ("automatic", {"find_unused_parameters": True}),
+        ("automatic", {"static_graph": True}),
+    ],
+    ids=str,
+)
+def test_settings_of_ddp(name, settings):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        strategy = DDPStrategy(start_method="fork", **settings)
+        alone, together = fresh.submit(alone_and_together, name, strategy).result()
+    for key, value in alone.items():
+        torch.testing.assert_close(together[key], value, atol=1e-6, rtol=1e-4, msg=key)

@@ -283,6 +283,18 @@ def test_heads_that_start_anew_learn_any_classes(folder):
         fit(folder, make(backbone="cnn", weights=str(path)), images=Letters(batch_size=8), max_epochs=1)
 
 
+def test_a_classifier_that_is_taken_over_says_of_which_classes_it_is(folder):
+    path = folder / "backprop.ckpt"
+    arguments = {"method": Backprop, "backbone": "cnn"}
+    fit(folder, make(**arguments), max_epochs=1).save_checkpoint(path)
+    with pytest.warns(UserWarning, match="its heads go on from what they were"):
+        fit(folder, make(**arguments, weights=str(path)), images=Letters(batch_size=8), max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*classes")
+        fit(folder, make(**arguments, weights=str(path)), max_epochs=1)
+        fit(folder, make(backbone="cnn", weights=str(path)), images=Letters(batch_size=8), max_epochs=1)
+
+
 def test_data_that_do_not_name_their_classes_are_not_compared(folder):
     images = Ten(batch_size=8)
     images.setup("test")

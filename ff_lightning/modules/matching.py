@@ -7,8 +7,10 @@ of other classes in the same number: its scores would be wrong without a word.
 import inspect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -92,6 +94,20 @@ def describe_data(data: Any) -> dict[str, Any]:
     if statistics is not None:
         found["statistics"] = [[float(value) for value in values] for values in statistics]
     return found
+
+
+def classes_of_classifier(weights: str | None, num_classes: int) -> dict[str, Any]:
+    """What a file of weights says of the classes of its classifier, where that is taken over; else {}.
+
+    It starts anew where it is one for another number of classes, and checkpoints of local blocks have none.
+    """
+    path = Path(weights or "").expanduser()
+    if not path.is_file():
+        return {}
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    names = stored.get("ff_lightning", {}).get("data", {}).get("class_names", ())
+    local = any(key.startswith("net.blocks.") for key in stored.get("state_dict", ()))
+    return {} if local or len(names) != num_classes else {"class_names": names}
 
 
 def check_same_data(trained_on: Mapping[str, Any], data: Mapping[str, Any], strict: bool = True) -> None:

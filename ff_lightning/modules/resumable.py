@@ -69,11 +69,12 @@ class Resumable(Reporting):
         """Compare a checkpoint with the network, the data and the run, and say in one line where they differ."""
         saved = checkpoint.get("ff_lightning", {})
         arguments = saved.get("arguments", checkpoint.get("hyper_parameters", {}))
-        if self._data is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        fitting = self._data is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting:
             matching.check_same_run(arguments, self.hparams, checkpoint)
         checks.check_architecture(self.state_dict(), self.hparams, checkpoint)
         matching.check_same_network(arguments, self.hparams)
-        self.trained_on = saved.get("data", {})
+        self.trained_on = saved.get("data") or (self._data if fitting else None) or {}
         if self._data is not None:  # else there is no Trainer yet
             matching.check_same_data(self.trained_on, self._data)
             resume.restore_frozen(self, saved.get("frozen"))
