@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from ff_lightning.files import check_sums
 from ff_lightning.partition.features import read_features
 from ff_lightning.suggest import unknown
 
@@ -107,6 +108,7 @@ def _build(name: str, num_classes: int, channels: int) -> nn.Module:
 def _read_weights(name: str, weights: str) -> Mapping[str, Tensor]:
     """The state dict of torchvision's weights of a name, or of a local file; only tensors are read."""
     if Path(weights).expanduser().is_file():
+        check_sums(Path(weights).expanduser())
         try:
             stored = torch.load(Path(weights).expanduser(), map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, UnpicklingError) as error:

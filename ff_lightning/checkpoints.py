@@ -1,6 +1,8 @@
 """Checkpoint files that are whole or not there."""
 
 import io
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -9,7 +11,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from ff_lightning.files import whole
+from ff_lightning.files import check_sums, whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -20,17 +22,27 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint; on remote file systems Lightning's way."""
+        """Write a checkpoint; on remote file systems Lightning's way.
+
+        Raises:
+            OSError: If it cannot be written, with the path and the space that is left there.
+        """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with whole(Path(path)) as part:
-            torch.save(checkpoint, part)
+        try:
+            with whole(Path(path)) as part:
+                torch.save(checkpoint, part)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise  # torch's writer, of that file, reports what the system refuses as a wrong position
+            raise OSError(f"the checkpoint {path} cannot be written: {_reason(error, Path(path))}") from error
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint, from a URL as well without running code.
 
         Raises:
+            OSError: If the file cannot be read.
             ValueError: If the file is not a whole checkpoint.
         """
         if is_remote(path):
@@ -71,9 +83,23 @@ def read(source: Any, map_location: Any = "cpu", weights_only: bool | None = Non
     return content
 
 
+def _reason(error: Exception, path: Path) -> str:
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        left = f"{shutil.disk_usage(folder).free:,} bytes are free in {folder}"
+    except OSError as unknown:
+        left = str(unknown)
+    return f"{error}; {left}" if isinstance(error, OSError) else left
+
+
 def check_whole(path: Any) -> None:
-    """Raise ValueError if a local file is cut off: the directory of the archive stands at its end."""
-    if Path(path).is_file() and not is_zipfile(path):
+    """Read a local checkpoint once, and compare the sums that stand in it; an open file is not looked at.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is cut off, damaged, or another kind of file.
+    """
+    if isinstance(path, str | os.PathLike) and not is_remote(path) and not check_sums(Path(path)):
         raise ValueError(
             f"the checkpoint {path} is not whole: it was cut off while it was written or copied, or it is no "
             f"checkpoint ({Path(path).stat().st_size:,} bytes); take an earlier one"

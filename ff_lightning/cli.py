@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 from typing import Any, NoReturn, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -116,6 +116,13 @@ class CLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has done it, without overruling the command line."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer; without checkpoints where they are switched off."""
+        settings = self.config_init[self.subcommand].trainer
+        if settings.enable_checkpointing is False or settings.barebones:
+            self._parser(self.subcommand).callback_keys = []
+        return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
         """Make model, data and Trainer."""

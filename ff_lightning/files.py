@@ -1,9 +1,20 @@
 """Files that are whole or not there."""
 
+import contextlib
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+from zipfile import ZipFile, is_zipfile
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_PART = re.compile(r".+\.[0-9a-f]{32}\.part")
 
 
 @contextmanager
@@ -11,15 +22,74 @@ def whole(path: Path) -> Iterator[Path]:
     """Another name beside `path` to write to, which takes its place in one step when all went well.
 
     A process that dies while it writes leaves the file that was there before, and one that reads it is not disturbed;
-    after an error nothing is left of what was written.
+    after an error nothing is left of what was written. What killed processes have left in the folder is removed.
 
     Args:
         path: Where the file is to be; its folder is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    _remove_left_parts(path.parent)
+    with _locked_part(path) as part:
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked_part(path: Path) -> Iterator[Path]:
+    """A new file that is locked as long as this process writes to it: the system lets go of it when the process dies.
+
+    A process that cleans up may take the lock, and the file with it, in the moment between the two; then comes another.
+    """
+    while True:
+        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+        with part.open("xb") as file:
+            _lock(file, wait=True)
+            if part.exists():
+                yield part
+                return
+
+
+def _remove_left_parts(folder: Path) -> None:
+    """Remove the parts that nobody writes to any more; where files cannot be locked, they stay."""
+    for part in folder.glob("*.part"):
+        if _PART.fullmatch(part.name):
+            with contextlib.suppress(OSError), part.open("rb+") as file:  # it may be gone, or belong to someone else
+                if _lock(file, wait=False):
+                    part.unlink()
+
+
+def _lock(file: IO[bytes], wait: bool) -> bool:
+    """Whether this process could lock the file; it waits for that, or gives up at once."""
+    if fcntl is None:
+        return False
     try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # another process has it, or the file system knows no locks
+        return False
+    return True
+
+
+def check_sums(path: Path) -> bool:
+    """Compare the content of a file of `torch.save` with the sums in it, which torch itself does not look at.
+
+    Returns:
+        Whether there are sums: not in torch's old format, in other files, and in files that were cut off.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the content is not what was written.
+    """
+    with path.open("rb") as file:
+        if not is_zipfile(file):  # the directory of an archive stands at its end, where it is cut off first
+            return False
+        try:
+            with ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except Exception as error:  # whatever a damaged directory leads to
+            damaged = str(error)
+    if damaged:
+        raise ValueError(f"{path} is damaged ({damaged}): take an earlier one, or copy it again")
+    return True

@@ -34,6 +34,11 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def make_trainer(tmp_path):
     """A Trainer on the CPU that writes into the folder of the test and says nothing."""
+    return make_trainer_in(tmp_path)
+
+
+def make_trainer_in(folder):
+    """The same for another folder."""
 
     def make(**changes):
         settings = {
@@ -48,7 +53,7 @@ def make_trainer(tmp_path):
             "enable_checkpointing": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "default_root_dir": tmp_path,
+            "default_root_dir": folder,
             "log_every_n_steps": 1,
         }
         return pl.Trainer(**{**settings, **changes})

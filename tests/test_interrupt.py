@@ -83,7 +83,9 @@ def assert_same(folder, whole):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)], ids=["SIGTERM", "SIGINT (Ctrl-C)"]
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow)],
+    ids=["SIGTERM", "SIGINT (Ctrl-C)"],
 )
 @pytest.mark.parametrize(
     "batch", [pytest.param(4, marks=pytest.mark.slow), 11, pytest.param(17, marks=pytest.mark.slow)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from tests import ddp_worker
@@ -61,11 +62,15 @@ def the_checkpoint(folder):
     return torch.load(path, weights_only=True)
 
 
-def wait_for_checkpoint(folder, seconds=120):
+def wait_for(condition, seconds=120):
     until = time.monotonic() + seconds
-    while not list(folder.rglob("last.ckpt")):
+    while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def wait_for_checkpoint(folder):
+    wait_for(lambda: list(folder.rglob("last.ckpt")))
 
 
 @pytest.mark.slow
@@ -119,6 +124,37 @@ def test_all_processes_stop_after_the_same_batch(tmp_path):
 
 
 @pytest.mark.slow
+def test_slurm_requeues_once_after_the_same_batch_of_all_tasks(tmp_path, monkeypatch):
+    asked = tmp_path / "asked.txt"
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "scontrol"
+    command.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    command.chmod(0o755)
+    monkeypatch.setitem(ENVIRONMENT, "PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
+    port, folder = free_port(), tmp_path / "run"
+    tasks = [slurm(folder, rank, port, "--trainer.max_epochs", "1000") for rank in (0, 1)]
+    wait_for_checkpoint(folder)
+    tasks[1].send_signal(signal.SIGUSR1)  # to the one that does not write
+    wait_for(lambda: asked.exists())
+    for _ in range(2):  # the second interrupt stops the tasks in the middle of a batch, or the first was in time
+        for task in tasks:
+            task.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    outputs = [task.communicate(timeout=100)[0] for task in tasks]
+    assert all(task.returncode not in (0, None) for task in tasks), outputs[0][-3000:]
+    assert asked.read_text() == "requeue 7\n"
+    step = torch.load(folder / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"]
+    assert the_checkpoint(folder)["global_step"] >= step > 0
+    port = free_port()
+    more = ("--trainer.max_epochs", "1000", "--trainer.max_steps", str(step + 3))
+    tasks = [slurm(folder, rank, port, *more) for rank in (0, 1)]  # as the job that was queued again
+    outputs = [task.communicate(timeout=200)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs[0][-3000:]
+    steps = [torch.load(path, weights_only=True)["global_step"] for path in folder.rglob("last.ckpt")]
+    assert step + 3 in steps, "it went on from the checkpoint of the job"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
 @pytest.mark.parametrize("name", ["manual", "automatic"])
 def test_other_ways_to_start_processes(name, strategy):
@@ -137,3 +173,23 @@ def alone_and_together(name, strategy):
     ddp_worker.trainer(devices=1).fit(alone, loader)
     ddp_worker.trainer(devices=2, strategy=strategy).fit(together, ddp_worker.SplitData())
     return alone.state_dict(), together.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("manual", {"gradient_as_bucket_view": True}),
+        ("manual", {"find_unused_parameters": True}),
+        ("automatic", {"gradient_as_bucket_view": True}),
+        ("automatic", {"find_unused_parameters": True}),
+        ("automatic", {"static_graph": True}),
+    ],
+    ids=str,
+)
+def test_settings_of_ddp(name, settings):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        strategy = DDPStrategy(start_method="fork", **settings)
+        alone, together = fresh.submit(alone_and_together, name, strategy).result()
+    for key, value in alone.items():
+        torch.testing.assert_close(together[key], value, atol=1e-6, rtol=1e-4, msg=key)

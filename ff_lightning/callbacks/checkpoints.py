@@ -1,6 +1,8 @@
 """The best checkpoint of a run, also of one that was resumed, and the last one, also of one that is asked to stop."""
 
+import itertools
 import signal
+import threading
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from ff_lightning.modules.lightning_private import cluster_environment
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -24,8 +28,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     On several processes all stop after the same batch, whichever of them got the signal. The signal by which SLURM
     announces the end of a job (`SLURMEnvironment`, SIGUSR1 by default) waits for the end of the batch too, and
-    Lightning then saves and requeues. A second Ctrl-C stops at once, without a checkpoint. An error, such as a loss
-    that is not finite, leaves the checkpoint that was there before.
+    Lightning then saves and requeues. A second Ctrl-C stops at once: it leaves the checkpoint that was there before, as
+    does an error, such as a loss that is not finite. After the run, the signals belong to whom they did before.
 
     Args:
         dirpath: Its folder; None: the folder of the run.
@@ -36,25 +40,27 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(
             dirpath, "last", every_n_train_steps=every_n_train_steps, enable_version_counter=False, save_top_k=1
         )
-        self.received = 0
+        self._received: set[int] = set()
         self._replaced: dict[int, Any] = {}
+        self._stop: BaseException | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer signals from here on between batches."""
         super().on_train_start(trainer, pl_module)
-        answered = [signal.SIGINT, signal.SIGTERM]
-        environment = getattr(trainer.strategy, "cluster_environment", None)
+        self._received, self._stop = set(), None
+        answered: list[int] = [signal.SIGTERM, signal.SIGINT]
+        environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
-            answered.append(environment.requeue_signal)
-        self.received = 0
-        for number in answered:
-            try:
-                self._replaced[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread: signals are not ours
-                return
+            answered.insert(0, environment.requeue_signal)  # Lightning saves and requeues, before a run that stops does
+        self._replaced = {number: signal.getsignal(number) for number in answered}
+        if threading.current_thread() is not threading.main_thread():
+            return  # signals come to the main thread alone; what another process got is answered all the same
+        for number, handler in self._replaced.items():
+            if handler is not None:  # one that is not Python's own could not be put back
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        self.received = number
+        self._received.add(number)
         if number == signal.SIGINT:
             rank_zero_info("stopping after this batch with a checkpoint; press Ctrl-C again to stop at once, without")
             signal.signal(number, self._replaced[number])
@@ -67,30 +73,41 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint, and stop if any process was asked to."""
-        self.on_train_end(trainer, pl_module)
+        self._write_if_due(trainer)
         self._answer(trainer)
 
     def _answer(self, trainer: Trainer) -> None:
-        """Do what a signal that came to any process asks for."""
-        received = torch.tensor(self.received, device=trainer.strategy.root_device)
-        number = int(trainer.strategy.reduce(received, reduce_op="max")) if trainer.world_size > 1 else self.received
-        if not number:
-            return
-        self.received = 0
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if number == signal.SIGTERM:
-            raise SIGTERMException(128 + number)  # the exit code of the process
-        self._replaced[number](number, None)
+        """Do what the signals that came to any process ask for."""
+        numbers = list(self._replaced)
+        came = torch.tensor([number in self._received for number in numbers], dtype=torch.float32)
+        if trainer.world_size > 1:
+            came = trainer.strategy.reduce(came.to(trainer.strategy.root_device), reduce_op="max").cpu()
+        self._received.clear()
+        for number in itertools.compress(numbers, came.tolist()):
+            if number == signal.SIGINT:
+                self._stop = KeyboardInterrupt()
+            elif number == signal.SIGTERM:
+                self._stop = SIGTERMException(128 + number)  # the exit code of the process
+            elif callable(handler := self._replaced[number]):
+                handler(number, None)
+        if self._stop is not None:
+            raise self._stop
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the checkpoint of a run that was asked to stop; not of one that went wrong."""
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.training and self._replaced:
+        """Write the checkpoint of a run that was stopped between two batches; not of one that broke off in a batch."""
+        if exception is self._stop and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write(trainer)
             rank_zero_info(f"stopped; go on with ckpt_path={self.best_model_path}")
+        elif isinstance(exception, KeyboardInterrupt) and self.best_model_path:
+            rank_zero_info(f"stopped at once; the last checkpoint is {self.best_model_path}")
+        self._give_back()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint, if it was not written after the last step."""
+        self._write_if_due(trainer)
+        self._give_back()
+
+    def _write_if_due(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             self._write(trainer)
 
@@ -98,8 +115,16 @@ class LastCheckpoint(ModelCheckpoint):
         self.best_model_path = self.format_checkpoint_name({})
         self._save_checkpoint(trainer, self.best_model_path)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
+    def _give_back(self) -> None:
+        """Give the signals back; one that someone else has taken since is his."""
         for number, handler in self._replaced.items():
-            signal.signal(number, handler)
-        self._replaced = {}
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, handler)
+        self._replaced, self._stop = {}, None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hand on a signal that came after the last batch: all is written, and Lightning has given its own back too."""
+        self._give_back()
+        late, self._received = self._received & {signal.SIGTERM, signal.SIGINT}, set()
+        for number in late:
+            signal.raise_signal(number)

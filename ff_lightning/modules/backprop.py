@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ff_lightning.backbones import Stem
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.modules.base import LocalLearner
+from ff_lightning.modules.matching import classes_of_classifier
 from ff_lightning.network import Norm, normalise
 from ff_lightning.partition import Block, Granularity, State, partition
 from ff_lightning.partition.block import main_output
@@ -144,6 +145,8 @@ class Backprop(LocalLearner):
     ) -> None:
         super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
         model = self.build_backbone(backbone, stem, weights)
-        if norm is not None:
+        if norm is None:
+            self.trained_on = classes_of_classifier(weights, self.num_classes)
+        else:
             model = Joined(model, self.num_classes, granularity, norm, self.input_shape)
         self.set_network(EndToEnd(model, label_smoothing, probe))

@@ -20,32 +20,30 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ff_lightning.backbones import Stem, build_backbone
-from ff_lightning.checkpoints import WholeCheckpointIO
 from ff_lightning.distributed import Averaging
-from ff_lightning.modules import checks, resume
+from ff_lightning.modules import checks
 from ff_lightning.modules.batches import images_and_classes
 from ff_lightning.modules.factories import to_factory
-from ff_lightning.modules.plain import make_checkpoint_plain, store_arguments, to_plain
-from ff_lightning.modules.reporting import Reporting
-from ff_lightning.modules.schedules import Schedule, make_scheduler, monitored, step_epoch_scheduler
+from ff_lightning.modules.plain import store_arguments, to_plain
+from ff_lightning.modules.resumable import Resumable
+from ff_lightning.modules.schedules import (
+    Schedule,
+    follow_first_group,
+    make_scheduler,
+    monitored,
+    step_epoch_scheduler,
+    total_steps,
+)
 from ff_lightning.modules.trust import SafeLoading
 
-_EXPECTED = (
-    "It is recommended to use .self.log",  # figures are the same on all processes before they are logged
-    ".*with manual optimization and every_n_train_steps",  # a checkpoint after the step is what is asked for
-)
-"""Warnings of Lightning that do not apply here."""
 
-
-class LocalLearner(SafeLoading, Reporting):
+class LocalLearner(SafeLoading, Resumable):
     """Base of all methods: a network of blocks, each with an optimizer of its own, in Lightning.
 
     A method makes its network in `__init__` and hands it to `set_network`; the rest is here. The network offers
@@ -125,7 +123,6 @@ class LocalLearner(SafeLoading, Reporting):
         self._compile = compile
         self._memory_format = checks.MEMORY_FORMATS[memory_format]
         self._idle: set[nn.Parameter] | None = None
-        self._interrupted: dict[str, Any] = {}
 
     def build_backbone(self, backbone: str | nn.Module, stem: Stem, weights: str | None) -> nn.Module:
         """The network itself, or the one of this name for the shape of the images; see `ff_lightning.backbones`."""
@@ -218,13 +215,6 @@ class LocalLearner(SafeLoading, Reporting):
     def _is_last_of_window(self, batch_idx: int) -> bool:
         return (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
 
-    @property
-    def _is_in_window(self) -> bool:
-        """Whether gradients wait for further batches of an accumulation."""
-        window = max(self.accumulate, self.trainer.accumulate_grad_batches)
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return batches % window != 0 and not self.trainer.is_last_batch
-
     def on_validation_model_zero_grad(self) -> None:
         """Clear the gradients before a validation, unless an accumulation still needs them."""
         if not self._is_in_window:
@@ -256,6 +246,17 @@ class LocalLearner(SafeLoading, Reporting):
             for group in optimizer.param_groups:
                 clip(group["params"], gradient_clip_val)
 
+    def on_train_epoch_start(self) -> None:
+        """Have what a callback has unfrozen follow the schedule.
+
+        Raises:
+            MisconfigurationException: If something was unfrozen on several processes, which would drift apart.
+        """
+        for optimizer in self.trainer.optimizers:
+            checks.check_unfrozen(optimizer, self.trainer.world_size)
+        for config in self.trainer.lr_scheduler_configs:
+            follow_first_group(config.scheduler.optimizer, config.scheduler)
+
     def on_train_epoch_end(self) -> None:
         """Report what is left of the epoch, and step the schedulers that count epochs."""
         if self.train_losses.update_called:
@@ -286,6 +287,8 @@ class LocalLearner(SafeLoading, Reporting):
         optimizers = [self.make_optimizer(of_optimizer) for of_optimizer in per_optimizer]
         schedulers = [scheduler for o in optimizers if (scheduler := make_scheduler(self, o)) is not None]
         self._schedulers_count_steps = isinstance(self.schedule, str) or self.lr_interval == "step"
+        self._configured_lr = self.lr
+        self._steps_of_run = total_steps(self) if self.schedule in ("onecycle", "cosine") else 0
         if not self.automatic_optimization:
             return optimizers, schedulers
         interval = "step" if self._schedulers_count_steps else "epoch"
@@ -303,48 +306,27 @@ class LocalLearner(SafeLoading, Reporting):
 
     def on_train_start(self) -> None:
         """Take up an interrupted run; a schedule that its checkpoint brought must be long enough for this run."""
-        checks.check_schedules(_as_list(self.lr_schedulers()), self)
-        interrupted, self._interrupted = self._interrupted, {}
-        if self.trainer.ckpt_path is not None and interrupted:
-            resume.restore_position(self.trainer)
-            resume.restore_random_state(interrupted["random"], self.trainer.global_rank)
-            resume.restore_gradients(self, interrupted["gradients"])
+        if self.lr != self._configured_lr:
+            self._take_found_rate()
+        if self.trainer.ckpt_path is not None:
+            checks.check_schedules(_as_list(self.lr_schedulers()), self.schedule, self._steps_of_run)
+        self.take_up()
+
+    def _take_found_rate(self) -> None:
+        """Go on with the learning rate that `LearningRateFinder` has found, and with a schedule for it."""
+        self._configured_lr = self.lr
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        for k, index in self._optimizer_of_block.items():
+            groups[index].update(self._rate_of(k))
+            groups[index].pop("initial_lr", None)
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler = cast(Any, make_scheduler(self, config.scheduler.optimizer))
 
     def configure_callbacks(self) -> list[Any]:
         """Answer the Trainer flags that manual optimization cannot serve, before Lightning refuses them."""
         if not self.automatic_optimization:
             checks.check_trainer_flags(self.trainer)
         return []
-
-    def setup(self, stage: str) -> None:
-        """Compare the model with the data; have checkpoints written that are whole or not there."""
-        for message in _EXPECTED:
-            warnings.filterwarnings("ignore", message=message)
-        strategy = self.trainer.strategy
-        checks.check_strategy(strategy)
-        if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = WholeCheckpointIO()
-        checks.check_data(self.num_classes, self.input_shape, getattr(self.trainer, "datamodule", None))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare a checkpoint with the network, and say in one line where they differ."""
-        checks.check_architecture(self.state_dict(), self.hparams, checkpoint)
-        self._interrupted = checkpoint.get("ff_lightning", {})
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what `resume` says, unless the run went wrong; keep it plain."""
-        trainer = self.trainer
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting:
-            self._check_weights()
-        in_window = fitting and self._is_in_window
-        if trainer.is_last_batch:  # the next one is the first of an epoch
-            checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
-        checkpoint["ff_lightning"] = {
-            "random": resume.random_states(trainer.world_size),
-            "gradients": resume.gradients(self, trainer.world_size) if in_window else {},
-        }
-        make_checkpoint_plain(checkpoint)
 
 
 def _unscales_by_itself(optimizer: Optimizer) -> bool:

@@ -14,8 +14,10 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from ff_lightning.modules.schedules import Schedule, total_steps
+from ff_lightning.modules.lightning_private import ddp_settings
+from ff_lightning.modules.schedules import Schedule
 from ff_lightning.suggest import unknown
 
 MEMORY_FORMATS: dict[str | None, torch.memory_format] = {
@@ -100,12 +102,33 @@ def check_trainer_flags(trainer: Trainer) -> None:
                 )
 
 
-def check_strategy(strategy: Strategy) -> None:
-    """Raise MisconfigurationException for a strategy that spreads the parameters themselves over devices."""
+def check_strategy(strategy: Strategy, automatic: bool) -> None:
+    """Raise MisconfigurationException for a strategy that spreads the parameters themselves over devices.
+
+    In manual optimization also for what belongs to the backward of DistributedDataParallel, which is not used there.
+    """
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         raise MisconfigurationException(
             f"{type(strategy).__name__} does not see the gradients of local losses: train on one device, or with "
             "strategy='ddp', where each process keeps the activations of one block only"
+        )
+
+    for name in ("static_graph", "ddp_comm_hook"):
+        value = ddp_settings(strategy).get(name)
+        if value and not automatic:
+            raise MisconfigurationException(
+                f"DDPStrategy({name}={getattr(value, '__name__', value)}) is for one backward of the whole network, "
+                f"and optimization='manual' has one for each block: leave {name} out, or give the model "
+                "optimization='automatic'"
+            )
+
+
+def check_unfrozen(optimizer: Any, processes: int) -> None:
+    """Raise MisconfigurationException if parameters that were unfrozen in the run would not be averaged."""
+    if processes > 1 and any("name" not in group for group in optimizer.param_groups):
+        raise MisconfigurationException(
+            f"parameters were unfrozen in a run on {processes} processes, and DistributedDataParallel averages only "
+            "those that were trainable at its start: unfreeze them before, or train on one process"
         )
 
 
@@ -121,16 +144,21 @@ def check_data(num_classes: int, input_shape: tuple[int, ...], data: Any) -> Non
         )
 
 
-def check_schedules(schedulers: Iterable[Any], module: Any) -> None:
-    """Raise ValueError if a schedule by name, restored from a checkpoint, ends before the run does."""
-    if module.schedule not in ("onecycle", "cosine"):
-        return
+def check_schedules(schedulers: Iterable[Any], name: Any, wanted: int) -> None:
+    """Raise ValueError if a schedule by name, restored from a checkpoint, ends before the run does.
+
+    Args:
+        schedulers: Those of the run.
+        name: The argument `lr_scheduler`.
+        wanted: Number of steps for which they would have been made.
+    """
     for scheduler in schedulers:
-        steps = scheduler.total_steps if module.schedule == "onecycle" else scheduler.T_max
-        if steps < (wanted := total_steps(module)):
+        length = {OneCycleLR: "total_steps", CosineAnnealingLR: "T_max"}.get(type(scheduler))
+        steps = wanted if length is None else getattr(scheduler, length)
+        if steps < wanted:
             raise ValueError(
-                f"lr_scheduler={module.schedule!r} of the checkpoint was made for {steps} steps, this run has "
-                f"{wanted}: resume with the max_epochs of the first run, or start a new run with weights=FILE instead "
+                f"lr_scheduler={name!r} of the checkpoint was made for {steps} steps, this run has {wanted}: resume "
+                "with the max_epochs and the accumulate of the first run, or start a new run with weights=FILE instead "
                 "of ckpt_path=FILE"
             )
 

@@ -1,9 +1,11 @@
-"""Private names of Lightning and jsonargparse that the package cannot do without, each with its reason."""
+"""Private names of Lightning and jsonargparse that the package cannot do without; a test fails when one changes."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 given_hyperparameters = _given_hyperparameters
@@ -29,3 +31,15 @@ def unwrapped(factory: Any) -> Any:
         if len(classes) == 1 and getattr(factory.func, "__module__", "").startswith("jsonargparse."):
             return functools.partial(classes[0], **factory.keywords)
     return factory
+
+
+def cluster_environment(trainer: Trainer) -> Any:
+    """The cluster that a run is on: strategies of one process do not know it, though Lightning requeues their job."""
+    return cast(Any, trainer)._accelerator_connector.cluster_environment
+
+
+def ddp_settings(strategy: Strategy) -> dict[str, Any]:
+    """What was given to a `DDPStrategy` for DistributedDataParallel beside Lightning's own arguments."""
+    if not isinstance(strategy, DDPStrategy):
+        return {}
+    return {**strategy._ddp_kwargs, "ddp_comm_hook": strategy._ddp_comm_hook}

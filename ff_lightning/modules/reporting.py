@@ -3,7 +3,8 @@
 Shapes: B batch, K classes, L blocks.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ class Reporting(LightningModule):
     scores: Any
     num_classes: int
     input_shape: tuple[int, ...]
+    infinite_by_nature: frozenset[str] = frozenset()
+    """Tensors of the network that were not finite before it was trained, such as masks of an attention."""
 
     def make_metrics(self) -> None:
         """Make the running figures of the blocks of the network."""
@@ -62,13 +65,19 @@ class Reporting(LightningModule):
         return losses
 
     def _check_weights(self) -> None:
-        """Raise FloatingPointError if a weight is not finite: no checkpoint is written then."""
-        for k, block in enumerate(self.net.blocks):
-            if not all(parameter.isfinite().all() for parameter in self.net.block_parameters(k)):
-                raise FloatingPointError(
-                    f"the weights of block {k} ({block.name}) are not finite after step {self.global_step}: stopped, "
-                    "the last checkpoint is untouched; a lower lr or a clip_norm may help"
-                )
+        """Raise FloatingPointError if a weight or a running statistic is not finite: no checkpoint is written then."""
+        wrong = [name for name in not_finite(self.net.state_dict()) if name not in self.infinite_by_nature]
+        if not wrong:
+            return
+        kind = "weights" if wrong[0] in dict(self.net.named_parameters()) else "running statistics"
+        in_block = re.match(r"(?:blocks|heads)\.(\d+)\.", wrong[0])
+        k = int(in_block[1]) if in_block else 0
+        narrow = "; float16 is too narrow: try precision='16-mixed'" if self.dtype == torch.float16 else ""
+        raise FloatingPointError(
+            f"the {kind} of block {k} ({self.net.blocks[k].name}) are not finite after step {self.global_step}: "
+            f"stopped, the last checkpoint is untouched; a lower lr or a clip_norm may help{narrow} ({wrong[0]!r} is "
+            f"the first of {len(wrong)} tensors)"
+        )
 
     def on_validation_start(self) -> None:
         """End a run that went wrong before its weights are taken for a checkpoint; make batch norms alike."""
@@ -114,3 +123,10 @@ class Reporting(LightningModule):
     def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Tensor:
         """Scores of the classes (B, K) for images, or for batches of images and classes."""
         return self(images_of(batch, self.input_shape))
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold a value that is not finite; one wait for the device."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    finite = torch.stack([tensor.isfinite().all() for tensor in floats.values()]).tolist() if floats else []
+    return [name for name, is_finite in zip(floats, finite, strict=True) if not is_finite]

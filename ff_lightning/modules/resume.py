@@ -11,11 +11,49 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from torch import nn
 
 from ff_lightning.data.loaders import EpochSampler, ResumableLoader
 from ff_lightning.distributed import Averaging
+
+
+def restore_window(trainer: Trainer, window: int, waiting: bool) -> None:
+    """Go on with the accumulation of gradients; a `GradientAccumulationScheduler` speaks only when an epoch begins.
+
+    Args:
+        trainer: Of the run that goes on.
+        window: Number of batches of an accumulation when the checkpoint was written.
+        waiting: Whether it was not complete.
+
+    Raises:
+        ValueError: If gradients of a window wait, and those of this run are of another length.
+    """
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in _callbacks(trainer)):
+        trainer.accumulate_grad_batches = window
+    own = max(cast(Any, trainer.lightning_module).accumulate, trainer.accumulate_grad_batches)
+    if waiting and own != window:
+        raise ValueError(
+            f"the checkpoint was written in the middle of an accumulation of {window} batches, this run has accumulate="
+            f"{own}: resume with accumulate={window}, or from the end of an epoch"
+        )
+
+
+def restore_frozen(module: LightningModule, frozen: Sequence[str] | None) -> None:
+    """Freeze and thaw what `BaseFinetuning` had frozen and thawed; resumed, it restores the parameter groups alone."""
+    if frozen is None or not any(isinstance(callback, BaseFinetuning) for callback in _callbacks(module.trainer)):
+        return
+    for name, part in module.named_modules():
+        own = {f"{name}.{key}": parameter for key, parameter in part.named_parameters(recurse=False)}
+        for key, parameter in own.items():
+            parameter.requires_grad = key not in frozen
+        if own and isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
+            part.track_running_stats = any(parameter.requires_grad for parameter in own.values())
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return list(cast(Any, trainer).callbacks)
 
 
 def restore_position(trainer: Trainer) -> None:

@@ -44,6 +44,23 @@ def total_steps(module: Any) -> int:
     return math.ceil(steps / module.turns)
 
 
+def follow_first_group(optimizer: Optimizer, scheduler: Any) -> None:
+    """Have parameter groups that came in the run, as those of `BaseFinetuning`, follow the schedule of the first one.
+
+    They keep the share of its rate with which they came.
+    """
+    first = optimizer.param_groups[0]
+    for number, group in enumerate(optimizer.param_groups):
+        if "initial_lr" in group:
+            continue
+        share = group["lr"] / (first["lr"] or 1.0)
+        for key in first.keys() - group.keys():
+            group[key] = first[key] * share if key in ("initial_lr", "max_lr", "min_lr") else first[key]
+        group["name"] = f"unfrozen{number}"
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs.append(group["initial_lr"])
+
+
 def monitored(scheduler: Any) -> str | None:
     """Name of the logged value that a plateau scheduler watches."""
     return getattr(scheduler, "monitor", "val/loss") if isinstance(scheduler, ReduceLROnPlateau) else None

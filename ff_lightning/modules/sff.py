@@ -80,6 +80,11 @@ class SFF(LocalLearner):
             self.net.train_only(train_blocks)
             self.net.voters = self.net.trained
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The blocks without their heads: what `BackboneFinetuning` of Lightning freezes and thaws."""
+        return self.net.blocks
+
     def on_train_start(self) -> None:
         """Let the blocks that are trained in this run vote, beside those whose heads a checkpoint brought."""
         super().on_train_start()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ff_lightning.checkpoints import fetched, read
+from ff_lightning.checkpoints import check_whole, fetched, read
 from ff_lightning.modules.lightning_private import INSTANTIATOR, hyperparameters_given, restricted_classmethod
 
 PACKAGES = ("torch", "torchvision", "lightning", "ff_lightning")
@@ -264,6 +264,7 @@ class SafeLoading:
         Raises:
             ValueError: If the checkpoint names a function, or a class that it may not name.
         """
+        check_whole(checkpoint_path)
         source = fetched(checkpoint_path)
         options = {"strict": strict} if strict is not None else {}
         load = functools.partial(

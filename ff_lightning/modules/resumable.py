@@ -1,0 +1,112 @@
+"""What a run leaves in its checkpoints, and how a run or a test takes one up."""
+
+import warnings
+from typing import Any
+
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+
+from ff_lightning.checkpoints import WholeCheckpointIO
+from ff_lightning.modules import checks, matching, resume
+from ff_lightning.modules.plain import make_checkpoint_plain
+from ff_lightning.modules.reporting import Reporting, not_finite
+
+_EXPECTED = (
+    "It is recommended to use .self.log",  # figures are the same on all processes before they are logged
+    ".*with manual optimization and every_n_train_steps",  # a checkpoint after the step is what is asked for
+)
+"""Warnings of Lightning that do not apply here."""
+
+
+class Resumable(Reporting):
+    """A model whose checkpoints say what it is and what it was trained on, and which goes on where a run stopped.
+
+    Attributes:
+        trained_on: What the data that it was trained on say of themselves; see `ff_lightning.modules.matching`.
+    """
+
+    accumulate: int
+    num_classes: int
+    input_shape: tuple[int, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained_on: dict[str, Any] = {}
+        self._data: dict[str, Any] | None = None
+        self._interrupted: dict[str, Any] = {}
+
+    def setup(self, stage: str) -> None:
+        """Compare the model with the data; have checkpoints written that are whole or not there."""
+        for message in _EXPECTED:
+            warnings.filterwarnings("ignore", message=message)
+        strategy = self.trainer.strategy
+        checks.check_strategy(strategy, self.automatic_optimization)
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = WholeCheckpointIO()
+        data = getattr(self.trainer, "datamodule", None)
+        checks.check_data(self.num_classes, self.input_shape, data)
+        self._data = matching.describe_data(data)
+        if self.trainer.ckpt_path is None:  # else a checkpoint says what the weights were trained on
+            matching.check_same_data(self.trained_on, self._data, strict=stage != "fit")
+        if stage == "fit":
+            self.trained_on = self.trained_on | self._data
+            self.infinite_by_nature = frozenset(not_finite(dict(self.net.named_buffers())))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare a checkpoint with the network, the data and the run, and say in one line where they differ."""
+        saved = checkpoint.get("ff_lightning", {})
+        arguments = saved.get("arguments", checkpoint.get("hyper_parameters", {}))
+        fitting = self._data is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            matching.check_same_run(arguments, self.hparams, checkpoint)
+        checks.check_architecture(self.state_dict(), self.hparams, checkpoint)
+        matching.check_same_network(arguments, self.hparams)
+        self.trained_on = saved.get("data") or (self._data if fitting else None) or {}
+        if self._data is not None:  # else there is no Trainer yet
+            matching.check_same_data(self.trained_on, self._data)
+            resume.restore_frozen(self, saved.get("frozen"))
+        self._interrupted = {**saved, "optimizers": matching.groups_of(checkpoint.get("optimizer_states", ()))}
+
+    def on_fit_start(self) -> None:
+        """Compare the optimizers with those of the run that goes on."""
+        if self.trainer.ckpt_path is not None and self._interrupted:
+            matching.check_same_parameters(self._interrupted["optimizers"], self.trainer.optimizers)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what `resume` says, unless the run went wrong."""
+        trainer = self.trainer
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self._check_weights()
+        in_window = fitting and self._is_in_window
+        if trainer.is_last_batch:  # the next one is the first of an epoch
+            checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+        checkpoint["ff_lightning"] = {
+            "arguments": {name: value for name, value in self.hparams.items() if not name.startswith("_")},
+            "data": self.trained_on,
+            "window": self._window,
+            "frozen": [name for name, parameter in self.named_parameters() if not parameter.requires_grad],
+            "random": resume.random_states(trainer.world_size),
+            "gradients": resume.gradients(self, trainer.world_size) if in_window else {},
+        }
+        make_checkpoint_plain(checkpoint)
+
+    def take_up(self) -> None:
+        """Go on where the run was interrupted, if it was."""
+        interrupted, self._interrupted = self._interrupted, {}
+        if self.trainer.ckpt_path is not None and interrupted:
+            resume.restore_window(self.trainer, interrupted.get("window", 1), bool(interrupted["gradients"]))
+            resume.restore_position(self.trainer)
+            resume.restore_random_state(interrupted["random"], self.trainer.global_rank)
+            resume.restore_gradients(self, interrupted["gradients"])
+
+    @property
+    def _is_in_window(self) -> bool:
+        """Whether gradients wait for further batches of an accumulation."""
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return batches % self._window != 0 and not self.trainer.is_last_batch
+
+    @property
+    def _window(self) -> int:
+        """Number of batches of an accumulation."""
+        return max(self.accumulate, self.trainer.accumulate_grad_batches)
