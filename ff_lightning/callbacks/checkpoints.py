@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ff_lightning.arguments import check_path, check_whole
+
 
 class BestCheckpoint(ModelCheckpoint):
     """A `ModelCheckpoint` that remembers, in a resumed run with a folder of its own, which one was best before."""
@@ -33,6 +35,8 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str | None = None, every_n_train_steps: int | None = None) -> None:
+        check_path("dirpath", dirpath, optional=True)
+        check_whole("every_n_train_steps", every_n_train_steps, least=0, optional=True)
         super().__init__(
             dirpath, "last", every_n_train_steps=every_n_train_steps, enable_version_counter=False, save_top_k=1
         )

@@ -16,7 +16,7 @@ Shapes: B batch, K classes, L blocks.
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -26,10 +26,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ff_lightning.arguments import check_choice, check_keywords, check_network
 from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.checkpoints import WholeCheckpointIO
 from ff_lightning.distributed import Averaging
-from ff_lightning.modules import checks, resume
+from ff_lightning.modules import checks, recipe, resume
 from ff_lightning.modules.factories import make_plain, to_factory
 from ff_lightning.modules.reporting import Reporting
 from ff_lightning.modules.schedules import Schedule, make_scheduler, monitored, step_epoch_scheduler
@@ -88,18 +89,23 @@ class LocalLearner(Reporting):
         accumulate: int = 1,
         compile: bool = False,
         memory_format: Literal["contiguous", "channels_last"] | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        check_keywords(type(self), unknown)
         checks.check_arguments(
             num_classes,
+            input_shape,
             lr,
             lr_decay,
             optimizer,
             lr_scheduler,
+            lr_interval,
             optimization,
             clip_norm,
             clip_value,
             accumulate,
+            compile,
             memory_format,
         )
         with warnings.catch_warnings():
@@ -129,8 +135,10 @@ class LocalLearner(Reporting):
 
     def build_backbone(self, backbone: str | nn.Module, stem: Stem, weights: str | None) -> nn.Module:
         """The network itself, or the one of this name for the shape of the images; see `ff_lightning.backbones`."""
+        check_choice("stem", stem, get_args(Stem))
         if isinstance(backbone, str):
             return build_backbone(backbone, self.num_classes, self.input_shape, stem, weights)
+        check_network("backbone", backbone, "the name of a network or ")
         if weights is not None:
             raise ValueError(f"weights={weights!r}: load them into the backbone that you give, with load_state_dict")
         if stem != "standard":
@@ -281,7 +289,8 @@ class LocalLearner(Reporting):
         if not groups:
             raise ValueError("every parameter is frozen (requires_grad=False): there is nothing to train")
         per_optimizer = [groups] if self.automatic_optimization else [[group] for group in groups]
-        optimizers = [self.make_optimizer(of_optimizer) for of_optimizer in per_optimizer]
+        optimizers = [recipe.make("optimizer", self.make_optimizer, of_one) for of_one in per_optimizer]
+        recipe.check_trains_blocks(type(optimizers[0]), "automatic" if self.automatic_optimization else "manual")
         schedulers = [scheduler for o in optimizers if (scheduler := make_scheduler(self, o)) is not None]
         self._schedulers_count_steps = isinstance(self.schedule, str) or self.lr_interval == "step"
         if not self.automatic_optimization:
@@ -325,9 +334,14 @@ class LocalLearner(Reporting):
             warnings.filterwarnings("ignore", message=message)
         strategy = self.trainer.strategy
         checks.check_strategy(strategy)
+        checks.check_batches(self.trainer)
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeCheckpointIO()
         checks.check_data(self.num_classes, self.input_shape, getattr(self.trainer, "datamodule", None))
+
+    def teardown(self, stage: str) -> None:
+        """Say so where no batch was seen."""
+        checks.check_something_ran(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare a checkpoint with the network, and say in one line where they differ."""

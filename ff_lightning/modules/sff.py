@@ -1,5 +1,6 @@
 """Scalable Forward-Forward."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -66,7 +67,7 @@ class SFF(LocalLearner):
                 self.build_backbone(backbone, stem, weights),
                 self.num_classes,
                 granularity,
-                head if isinstance(head, str) else to_factory("head", head),
+                to_factory("head", head) if isinstance(head, Mapping) and "class_path" in head else head,
                 norm,
                 vote,
                 self.input_shape,
