@@ -251,7 +251,8 @@ def make_head(factory: HeadFactory, map_shape: Sequence[int], num_classes: int) 
     Raises:
         ValueError: If what is made is no module from features (B, C, H, W) to goodness (B, K).
     """
-    name = f"head={getattr(factory, '__name__', shown(factory))}"
+    of_partial = (factory.func, *factory.args) if isinstance(factory, partial) else (factory,)
+    name = f"head={next((part.__name__ for part in of_partial if isinstance(part, type)), shown(factory))}"
     try:
         takes = signature(factory)
         arguments = {*takes.parameters, *getattr(factory, "keywords", {})}  # the command line gives a partial

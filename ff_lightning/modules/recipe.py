@@ -79,6 +79,8 @@ def make(argument: str, factory: Callable[..., Any], subject: Any) -> Any:
 def _class_of(factory: Callable[..., Any]) -> tuple[type | None, Mapping[str, Any]]:
     """The class that a factory makes, if that is known, and the arguments that it was given."""
     made, given = (factory.func, factory.keywords) if isinstance(factory, functools.partial) else (factory, {})
+    if isinstance(factory, functools.partial) and getattr(made, "__module__", "").startswith("jsonargparse"):
+        made = factory.args[-1]  # the command line's partial: of a function that makes this class
     return (made, given) if isinstance(made, type) else (None, given)
 
 
