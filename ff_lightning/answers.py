@@ -73,14 +73,21 @@ def _refusal(error: BaseException) -> str | None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     folders = (Path(__file__).parent, Path(lightning.__file__).parent)
+
+    def on_purpose(file: str, line: str) -> bool:
+        return line.startswith("raise") and any(Path(file).is_relative_to(folder) for folder in folders)
+
     found: BaseException | None = error
     caused = True  # what was handled, or failed, while something else was handled, may be another matter
     while found is not None:
         frames = traceback.extract_tb(found.__traceback__)
-        raised = bool(frames) and (frames[-1].line or "").startswith("raise")
-        ours = raised and any(Path(frames[-1].filename).is_relative_to(folder) for folder in folders)
-        if (ours and isinstance(found, _REFUSALS)) or isinstance(found, MisconfigurationException):
+        if isinstance(found, _REFUSALS) and frames and on_purpose(frames[-1].filename, frames[-1].line or ""):
             return str(found)
+        if isinstance(found, MisconfigurationException):
+            return str(found)
+        frames_there = re.findall(r'File "(.*?)", line \d+, in .*\n +(.*)', str(found))
+        if isinstance(found, _REFUSALS) and "DataLoader worker" in str(found) and frames_there:  # as text, from there
+            return str(found).strip().splitlines()[-1].partition(": ")[2] if on_purpose(*frames_there[-1]) else None
         if caused and isinstance(found, OSError) and found.errno in _OF_FILES:
             return f"{found.filename}: {found.strerror}" if found.filename else str(found)
         caused = caused and found.__cause__ is not None
