@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from ff_lightning.arguments import check_path, check_shape
 from ff_lightning.files import check_sums
 from ff_lightning.partition.features import read_features
 from ff_lightning.suggest import unknown
@@ -68,6 +69,7 @@ def build_backbone(
     Raises:
         ValueError: If the name or the weights are not known, or the weights do not fit.
     """
+    check_shape("input_shape", input_shape, name)
     model = _build(name, num_classes, input_shape[0])
     if weights is not None:
         load_weights(model, _read_weights(name, weights))
@@ -107,20 +109,27 @@ def _build(name: str, num_classes: int, channels: int) -> nn.Module:
 
 def _read_weights(name: str, weights: str) -> Mapping[str, Tensor]:
     """The state dict of torchvision's weights of a name, or of a local file; only tensors are read."""
-    if Path(weights).expanduser().is_file():
-        check_sums(Path(weights).expanduser())
+    check_path("weights", weights)
+    path = Path(weights).expanduser()
+    if path.is_file():
+        check_sums(path)
         try:
-            stored = torch.load(Path(weights).expanduser(), map_location="cpu", weights_only=True)
+            stored = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, UnpicklingError) as error:
-            why = str(error).splitlines()[0]
+            why = str(error).split(". ")[0].splitlines()[0]
             raise ValueError(f"weights={weights!r} is not whole, or no file of weights alone: {why}") from error
-        return stored.get("state_dict", stored)
+        stored = stored.get("state_dict", stored) if isinstance(stored, Mapping) else stored
+        if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
+            raise ValueError(f"weights={weights!r} holds no state dict: it must hold tensors by name")
+        return stored
     if name not in models.list_models(module=models):
-        raise ValueError(f"weights={weights!r} is no file, and torchvision has no weights for {name!r}")
+        what = "a folder, not a file" if path.is_dir() else "no file"
+        raise ValueError(f"weights={weights!r} is {what}, and torchvision has no weights for {name!r}")
     offered = models.get_model_weights(name)
     if weights not in offered.__members__:
         names = list(offered.__members__)
-        raise ValueError(unknown("weights", weights, names, f"the path of a state dict, or one of {names}"))
+        where = ", which is a folder" if path.is_dir() else ""
+        raise ValueError(unknown("weights", weights, names, f"the path of a state dict{where}, or one of {names}"))
     return offered[weights].get_state_dict(progress=True, check_hash=True, weights_only=True)
 
 

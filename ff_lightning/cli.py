@@ -1,45 +1,53 @@
 """The command ff-lightning: LightningCLI over the models and data modules of this package."""
 
-import inspect
 import logging
 import os
-import re
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NoReturn, cast
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from ff_lightning import __version__, data, modules
+from ff_lightning import __version__
+from ff_lightning.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
 from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint
-from ff_lightning.checkpoints import check_whole, fetched, is_remote, read
+from ff_lightning.checkpoints import is_remote
+from ff_lightning.ckpt_path import find_checkpoint, read_checkpoint
 from ff_lightning.data.sheet import main as sheet
+from ff_lightning.goodness import GoodnessHead, PooledHead
 from ff_lightning.modules import LocalLearner
 from ff_lightning.modules.trust import check_stored
-from ff_lightning.suggest import closest
 
-_PACKAGE = Path(__file__).parent
-_REFUSALS = (ValueError, OSError, FloatingPointError, MisconfigurationException)
 _FROM_DATA = ("num_classes", "input_shape")
 
 
 class _Parser(LightningArgumentParser):
     """Says what is wrong, and which name may have been meant, without pages of usage."""
 
+    given: Sequence[str] = ()
+    commands: Mapping[str, LightningArgumentParser] = {}
+    """The command line and the parsers of its subcommands: for all parsers, jsonargparse makes more of them itself."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        classes = [*modules.__all__, *data.__all__]
-        for name, option in re.findall(r"dot import path string: (\S+)|Option '(\S+)' is not accepted", message):
-            message += closest(name, classes) if name else closest(option, _argument_names(classes))
-        sys.stderr.write(f"error: {message}\nTry 'ff-lightning fit --help' or 'ff-lightning fit --model.help SFF'\n")
-        raise SystemExit(2)
+        classes = subclasses(
+            LocalLearner, LightningDataModule, Optimizer, LRScheduler, Callback, Logger, GoodnessHead, PooledHead
+        )
+        options = {name: _options(parser) for name, parser in self.commands.items()}
+        text = of_parser(message, self.given, options, classes)
+        end(text, "ff-lightning fit --help", "ff-lightning fit --model.help SFF")
+
+
+def _options(parser: LightningArgumentParser) -> set[str]:
+    """Names of all options, such as ``trainer.max_epochs``, and ``model.lr`` of the default model."""
+    keys = [key for key, _ in parser.get_defaults(skip_validation=True).items()]
+    return {key.replace(".init_args.", ".").removesuffix(".class_path") for key in keys}
 
 
 class CLI(LightningCLI):
@@ -78,28 +86,31 @@ class CLI(LightningCLI):
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         for subcommand in ("validate", "test"):
             self._subcommand_parsers[subcommand].set_defaults({"verbose": False})
+        _Parser.commands = self._subcommand_parsers
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; what a checkpoint says of its model and data replaces defaults, not the user's own arguments."""
         super().parse_arguments(parser, args)
         subcommand = self.config.subcommand
-        path = self.config[subcommand].get("ckpt_path")
-        if not path or path in ("best", "last", "hpc", "registry"):
-            return
-        if not is_remote(path) and not Path(path).is_file():
-            parser.error(f"ckpt_path={path!r}: there is no such file")
         try:
-            check_whole(path)
-            defaults = self._stored_in(read(fetched(path)))
-        except UnpicklingError:
-            parser.error(
-                f"ckpt_path={path!r} holds more than tensors and plain values: it could run code and is not read"
-            )
+            path = self._ckpt_path(self.config[subcommand])
+            defaults = {} if path is None else self._stored_in(read_checkpoint(path))
         except ValueError as error:
             parser.error(str(error))
         if defaults:
             self._subcommand_parsers[subcommand].set_defaults(defaults)
             super().parse_arguments(parser, args)
+        if path is not None:
+            self.config[subcommand].ckpt_path = path
+
+    def _ckpt_path(self, config: Any) -> str | None:
+        """The file to read a checkpoint from; None: there is none, or Lightning finds it."""
+        path = config.get("ckpt_path")
+        if path in ("last", "best"):
+            return find_checkpoint(path, config.trainer.default_root_dir, config.get("last", {}).get("dirpath"))
+        if not path or path in ("hpc", "registry"):
+            return None
+        return path if is_remote(path) else str(Path(path).expanduser())
 
     def _stored_in(self, checkpoint: Any) -> dict[str, Any]:
         """Model and data of a checkpoint that was written by the command line, if it may name what it names."""
@@ -124,15 +135,6 @@ class CLI(LightningCLI):
             self._parser(self.subcommand).callback_keys = []
         return super().instantiate_trainer(**kwargs)
 
-    def instantiate_classes(self) -> None:
-        """Make model, data and Trainer."""
-        with _in_one_line():
-            super().instantiate_classes()
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        with _in_one_line():
-            super()._run_subcommand(subcommand)
-
     def before_fit(self) -> None:
         """Follow the learning rates, where there is a logger for them."""
         if self.trainer.loggers:
@@ -152,54 +154,32 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: What follows ``ff-lightning`` on the command line. None: the command line of the process.
     """
-    sys.path.insert(0, os.getcwd())  # the user's own classes, as with python -m
     given = sys.argv[1:] if args is None else list(args)
-    if given[:1] == ["sheet"]:  # needs neither model nor trainer, which a subcommand of LightningCLI has
-        sheet(given[1:])
-        return
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
-    warnings.filterwarnings("ignore", message="The dirpath has changed from")  # every test writes a folder of its own
-    CLI(
-        LocalLearner,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        trainer_defaults={"callbacks": [BlockTable()], "enable_model_summary": False},
-        save_config_kwargs={"overwrite": True},
-        parser_class=_Parser,
-        parser_kwargs={"version": __version__, "epilog": "ff-lightning sheet --help: look at the images of a data set"},
-        args=None if args is None else list(args),
-    )
-
-
-@contextmanager
-def _in_one_line() -> Iterator[None]:
-    """Answer what the package itself refuses in one line, without the pages around it."""
-    try:
-        yield
-    except Exception as error:
-        refusal = _own_refusal(error)
-        if refusal is None:
-            raise
-        sys.stderr.write(f"error: {refusal}\n")
-        raise SystemExit(2) from error
-
-
-def _own_refusal(error: BaseException | None) -> BaseException | None:
-    """The error in the chain of causes that this package raised itself."""
-    while error is not None:
-        frames = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, _REFUSALS) and frames and Path(frames[-1].filename).is_relative_to(_PACKAGE):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _argument_names(classes: list[str]) -> set[str]:
-    """Names of all arguments of these classes."""
-    found = [getattr(modules, name, None) or getattr(data, name) for name in classes]
-    bases = {base for cls in found for base in cls.__mro__ if base.__module__.startswith("ff_lightning")}
-    return {name for base in bases for name in inspect.signature(base).parameters}
+    with process_as_it_was(), in_one_line():
+        sys.path.append(os.getcwd())  # the user's own classes; last, or a file there could stand for a package
+        if given[:1] == ["sheet"]:  # needs neither model nor trainer, which a subcommand of LightningCLI has
+            sheet(given[1:])
+            return
+        check_configs(given)
+        _Parser.given = given
+        tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        tips.addFilter(lambda record: "Tip:" not in str(record.msg))
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
+        # each test writes a folder of its own
+        warnings.filterwarnings("ignore", message="The dirpath has changed from")
+        CLI(
+            LocalLearner,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={"callbacks": [BlockTable()], "enable_model_summary": False},
+            save_config_kwargs={"overwrite": True},
+            parser_class=_Parser,
+            parser_kwargs={
+                "version": __version__,
+                "epilog": "ff-lightning sheet --help: look at the images of a data set",
+            },
+            args=None if args is None else list(args),
+        )

@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ff_lightning import gram
+from ff_lightning.arguments import check_choice, check_number, check_switch, check_whole, is_whole, shown
+from ff_lightning.partition.trace import evaluating
 
 
 def squared_goodness(activity: Tensor) -> Tensor:
@@ -91,12 +94,10 @@ class GoodnessHead(nn.Module):
         width: int | None = None,
     ) -> None:
         super().__init__()
-        if kernel_size not in (1, 3, 5):
-            raise ValueError(f"kernel_size={kernel_size} of the goodness head: must be 1, 3 or 5")
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature} of the goodness head: must be above 0")
-        if depth < 0 or (width is not None and width < 1):
-            raise ValueError(f"depth={depth}, width={width} of the goodness head: must be >= 0 and >= 1")
+        _check_head_sizes(in_channels, num_classes, width, kernel_size, (1, 3, 5))
+        check_number("temperature", temperature, above=0)
+        check_switch("learn_temperature", learn_temperature)
+        check_whole("depth", depth, least=0)
         channels = [in_channels] + depth * [width or in_channels]
         self.features = nn.Sequential(
             *(layer for i, o in pairwise(channels) for layer in _convolution(i, o, kernel_size=3, stride=2))
@@ -153,13 +154,14 @@ class PooledHead(nn.Module):
         size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        _check_head_sizes(in_channels, num_classes, width, kernel_size, (1, 3))
+        check_whole("regions", regions, optional=True)
         regions = regions if regions is not None else 4 if num_classes <= 100 else 2
-        if regions < 1 or kernel_size not in (1, 3) or (width is not None and width < 1):
-            raise ValueError(
-                f"regions={regions}, width={width}, kernel_size={kernel_size} of the pooled head: must be >= 1, >= 1, "
-                "and 1 or 3"
-            )
-        rows, columns = size or (regions, regions)
+        if size is not None and not (
+            isinstance(size, Sequence) and len(size) == 2 and all(is_whole(n) and n for n in size)
+        ):
+            raise ValueError(f"size={shown(size)}: must be (H, W) of the features, or None")
+        rows, columns = size if size is not None else (regions, regions)
         self.regions = min(regions, rows), min(regions, columns)
         of_a_channel = self.regions[0] * self.regions[1] * num_classes  # weights of the class kernels
         narrow = min(in_channels, 128)
@@ -232,7 +234,60 @@ HEADS: dict[str, HeadFactory] = {
 }
 
 
+def check_head(head: Any) -> None:
+    """Raise ValueError unless a head is one of the names, or a class or function that makes one."""
+    if isinstance(head, nn.Module):
+        raise ValueError(
+            f"head={shown(head)} is a head that is already made: give its class, or a function (channels, classes), "
+            "since each block has a head of its own"
+        )
+    if isinstance(head, str) or not callable(head):
+        check_choice("head", head, HEADS, f"one of {list(HEADS)} or a function (channels, classes)")
+
+
 def make_head(factory: HeadFactory, map_shape: Sequence[int], num_classes: int) -> nn.Module:
-    """The head for features of shape (C, H, W); see `HeadFactory`."""
-    arguments = {*signature(factory).parameters, *getattr(factory, "keywords", {})}  # the command line gives a partial
-    return factory(map_shape[0], num_classes, **({"size": map_shape[1:]} if "size" in arguments else {}))
+    """The head for features of shape (C, H, W); see `HeadFactory`.
+
+    Raises:
+        ValueError: If what is made is no module from features (B, C, H, W) to goodness (B, K).
+    """
+    of_partial = (factory.func, *factory.args) if isinstance(factory, partial) else (factory,)
+    name = f"head={next((part.__name__ for part in of_partial if isinstance(part, type)), shown(factory))}"
+    try:
+        takes = signature(factory)
+        arguments = {*takes.parameters, *getattr(factory, "keywords", {})}  # the command line gives a partial
+        size = {"size": map_shape[1:]} if "size" in arguments else {}
+        takes.bind(map_shape[0], num_classes, **size)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be called with (channels, classes): {error}") from error
+    head = factory(map_shape[0], num_classes, **size)
+    if not isinstance(head, nn.Module):
+        raise ValueError(f"{name} makes {shown(head)}: it must make an nn.Module from (B, C, H, W) to goodness (B, K)")
+    _check_goodness(name, head, map_shape, num_classes)
+    return head
+
+
+def _check_goodness(name: str, head: nn.Module, map_shape: Sequence[int], num_classes: int) -> None:
+    """Raise ValueError unless a head gives a goodness for each of two images and each class."""
+    like = next(head.parameters(), torch.zeros(0))
+    features = torch.zeros(2, *map_shape, device=like.device, dtype=like.dtype)
+    try:
+        with evaluating(head):
+            goodness = head(features)
+    except Exception as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name} fails for features of shape {tuple(features.shape)}: {why}") from error
+    shape = tuple(goodness.shape) if isinstance(goodness, Tensor) else shown(goodness)
+    if shape != (2, num_classes) or not goodness.is_floating_point():
+        raise ValueError(
+            f"{name} makes {shape} of features {tuple(features.shape)}: it must make goodness of shape "
+            f"{(2, num_classes)}, for each image and each class a floating-point number"
+        )
+
+
+def _check_head_sizes(channels: int, classes: int, width: int | None, kernel: int, kernels: Sequence[int]) -> None:
+    check_whole("in_channels", channels)
+    check_whole("num_classes", classes)
+    check_whole("width", width, optional=True)
+    if not is_whole(kernel) or kernel not in kernels:
+        raise ValueError(f"kernel_size={shown(kernel)}: must be one of {list(kernels)}")

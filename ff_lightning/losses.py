@@ -6,6 +6,8 @@ Shapes: B batch, K classes.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ff_lightning.arguments import check_number
+
 
 def logsumexp_loss(goodness: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The local loss of Scalable Forward-Forward: the true class against all others.
@@ -43,8 +45,7 @@ class LogSumExpLoss(nn.Module):
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing={label_smoothing}: must be from 0 to 1")
+        check_number("label_smoothing", label_smoothing, least=0, most=1)
         self.label_smoothing = label_smoothing
 
     def forward(self, goodness: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ff_lightning.goodness import HEADS, HeadFactory, make_head
+from ff_lightning.arguments import (
+    check_blocks,
+    check_choice,
+    check_loss,
+    check_network,
+    check_shape,
+    check_whole,
+    is_whole,
+    shown,
+)
+from ff_lightning.goodness import HEADS, HeadFactory, check_head, make_head
 from ff_lightning.inference import VOTES
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.partition import Block, Granularity, State, partition
@@ -84,18 +94,17 @@ class LocalNet(nn.Module):
         reach: int = 1,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes={num_classes}: must be at least 2")
-        if norm not in get_args(Norm):
-            raise ValueError(unknown("norm", norm, get_args(Norm)))
-        if vote not in VOTES:
-            raise ValueError(unknown("vote", vote, VOTES))
-        if isinstance(head, str) and head not in HEADS:
-            raise ValueError(unknown("head", head, HEADS, f"one of {list(HEADS)} or a function (channels, classes)"))
+        check_network("model", model)
+        check_whole("num_classes", num_classes, least=2)
+        check_choice("norm", norm, get_args(Norm))
+        check_choice("vote", vote, VOTES)
+        check_head(head)
+        check_shape("input_shape", input_shape, model)
+        check_loss(loss)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         blocks = partition(model, granularity, torch.zeros(1, *input_shape, device=device))
-        if not 1 <= reach <= len(blocks):
-            raise ValueError(f"reach={reach}: must be 1 to {len(blocks)}, the number of blocks")
+        if not is_whole(reach) or not 1 <= reach <= len(blocks):
+            raise ValueError(f"reach={shown(reach)}: must be 1 to {len(blocks)}, the number of blocks")
         self.head_factory = HEADS[head] if isinstance(head, str) else head
         self.num_classes = num_classes
         self.norm = norm
@@ -128,6 +137,7 @@ class LocalNet(nn.Module):
         Raises:
             ValueError: If a block does not exist, or if none is left.
         """
+        check_blocks("train_blocks", blocks)
         names = [cast(str, block.name) for block in self.blocks]
         wanted = range(len(names)) if blocks is None else [_number(block, names) for block in blocks]
         if not wanted:

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ff_lightning.answers import PlainParser, as_path
 from ff_lightning.suggest import unknown
 
 METHODS = ("sff", "backprop")
@@ -165,7 +166,7 @@ def plot(runs: Path, stage: str, path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="python -m ff_lightning.results",
         allow_abbrev=False,
         description="Fit and test recipes with several seeds, SFF and backprop, from a folder with configs/, such as "
@@ -175,15 +176,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="name of a pair of configs; none: only the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: both")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="default: %(default)s")
+    parser.add_argument("--runs", type=as_path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--configs", type=as_path, default=Path("configs"), help="default: %(default)s")
     parser.add_argument(
         "--stage",
         choices=["test", "val"],
         default="test",
         help="val: only fit, and tabulate the accuracy on the validation images, to choose settings by",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="accuracy per block; needs matplotlib")
+    parser.add_argument("--plot", type=as_path, metavar="FILE.png", help="accuracy per block; needs matplotlib")
     return parser
 
 

@@ -11,7 +11,12 @@ def closest(value: object, known: Iterable[str]) -> str:
         >>> closest("resnet81", ["resnet18", "vgg16"])
         "; did you mean 'resnet18'?"
     """
-    close = difflib.get_close_matches(str(value), list(known), n=3)
+    names = list(dict.fromkeys(known))
+    ratios = {name: difflib.SequenceMatcher(a=name, b=str(value)).ratio() for name in names}
+    best = max(ratios.values(), default=0.0)
+    close = sorted((name for name in names if ratios[name] >= max(0.6, best - 0.05)), key=lambda name: -ratios[name])[
+        :3
+    ]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

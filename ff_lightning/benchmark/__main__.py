@@ -6,13 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import get_args
 
 import torch
 from rich.console import Console
 
+from ff_lightning.answers import PlainParser, as_path
 from ff_lightning.backbones import Stem
 from ff_lightning.benchmark.measure import measure
 from ff_lightning.benchmark.report import Run, plot, print_table, write_json
@@ -65,9 +65,9 @@ def _checked(parser: argparse.ArgumentParser, args: Sequence[str] | None) -> arg
     arguments = parser.parse_args(args)
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
-    for path in (arguments.json, arguments.plot):
-        if path and not path.parent.is_dir():
-            parser.error(f"the folder of {path} does not exist")
+    for file in (arguments.json, arguments.plot):
+        if file and not file.parent.is_dir():
+            parser.error(f"the folder of {file} does not exist")
     if arguments.what == "startup":
         return arguments
     try:
@@ -88,7 +88,7 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="python -m ff_lightning.benchmark",
         description="Speed and memory of SFF against backpropagation: variants take turns, each in its own process.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -110,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_positive, default=2, help="counted steps of a turn; an epoch, for --what trainer, is one step")
     add("--epoch-batches", type=_positive, default=20, help="steps of an epoch, for --what trainer")
     add("--repetitions", type=_positive, default=9, help="turns of each variant")
-    add("--json", type=Path, metavar="FILE", help="write all figures")
-    add("--plot", type=Path, metavar="FILE.png", help="draw memory over a step; needs matplotlib")
+    add("--json", type=as_path, metavar="FILE", help="write all figures")
+    add("--plot", type=as_path, metavar="FILE.png", help="draw memory over a step; needs matplotlib")
     return parser
 
 

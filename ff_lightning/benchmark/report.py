@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ff_lightning.benchmark.measure import Result, ratio_of_times
@@ -33,11 +34,11 @@ def print_table(run: Run, images: int, console: Console) -> None:
     rows = {result.name: _row(result, base, images) for result in results if not result.skipped}
     headings = [heading for heading in _row(base, base, images) if any(row[heading] for row in rows.values())]
     legend = "; ".join(meaning for heading, meaning in LEGEND.items() if heading in headings)
-    table = Table("", title=_title(settings), title_justify="left", caption=legend, caption_justify="left")
+    table = Table("", title=escape(_title(settings)), title_justify="left", caption=legend, caption_justify="left")
     for heading in headings:
         table.add_column(heading, justify="right")
     for name, row in rows.items():
-        table.add_row(name, *(row[heading] for heading in headings))
+        table.add_row(escape(name), *(row[heading] for heading in headings))
     if rows:
         console.print(table)
     for result in results:

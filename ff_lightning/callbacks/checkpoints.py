@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ff_lightning.arguments import check_path, check_whole
 from ff_lightning.modules.lightning_private import cluster_environment
 
 
@@ -37,6 +38,8 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str | None = None, every_n_train_steps: int | None = None) -> None:
+        check_path("dirpath", dirpath, optional=True)
+        check_whole("every_n_train_steps", every_n_train_steps, least=0, optional=True)
         super().__init__(
             dirpath, "last", every_n_train_steps=every_n_train_steps, enable_version_counter=False, save_top_k=1
         )

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ff_lightning.arguments import check_whole
 from ff_lightning.modules.base import LocalLearner
 from ff_lightning.network import LocalNet
 
@@ -24,8 +25,7 @@ class GreedyBlocks(Callback):
     """
 
     def __init__(self, epochs_per_block: int) -> None:
-        if epochs_per_block < 1:
-            raise ValueError(f"epochs_per_block={epochs_per_block}: must be at least 1")
+        check_whole("epochs_per_block", epochs_per_block)
         self.epochs_per_block = epochs_per_block
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

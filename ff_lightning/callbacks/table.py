@@ -5,6 +5,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -23,7 +24,7 @@ class BlockTable(Callback):
             shape = " x ".join(map(str, block.map_shape))
             sizes = f"{_size(block):,}", f"{_size(head):,}", f"{block.saved_bytes / 1024:,.0f} KiB"
             name = block.name if k in net.trained else f"{block.name} (held)"
-            table.add_row(f"{k:02d}", name, shape, *sizes)
+            table.add_row(f"{k:02d}", escape(name), shape, *sizes)
         Console().print(table)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -34,7 +35,8 @@ class BlockTable(Callback):
                 path = getattr(callback, "best_model_path", "")
                 if path:
                     monitor = getattr(callback, "monitor", None)
-                    Console().print(f"best {monitor}:" if monitor else "last:", path, soft_wrap=True, highlight=False)
+                    what = f"best {monitor}:" if monitor else "last:"
+                    Console().print(what, path, soft_wrap=True, highlight=False, markup=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the accuracies, where validation is all that was asked for."""
@@ -54,7 +56,7 @@ class BlockTable(Callback):
         table.add_column("module")
         table.add_column("%", justify="right")
         for k, block in enumerate(cast(Any, pl_module.net).blocks):
-            table.add_row(f"{k:02d}", block.name, f"{100 * float(metrics[f'{stage}/block{k:02d}_acc']):.2f}")
+            table.add_row(f"{k:02d}", escape(block.name), f"{100 * float(metrics[f'{stage}/block{k:02d}_acc']):.2f}")
         table.add_section()
         table.add_row("all", "vote", f"{100 * float(metrics[f'{stage}/acc']):.2f}", style="bold")
         Console().print(table)

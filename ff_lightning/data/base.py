@@ -26,6 +26,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from torch.utils.data import Dataset
 
+from ff_lightning.arguments import check_keywords, check_number, check_path, check_switch, check_whole, shown
 from ff_lightning.data.augment import Crop
 from ff_lightning.data.cache import cached, name_of, user_folder
 from ff_lightning.data.loaders import BatchLoader, EpochSampler, Finish, ResumableLoader, Sample, Split
@@ -116,20 +117,27 @@ class ImageData(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one 
         in_memory: bool | None = None,
         cache_dir: str | None = None,
         on_error: OnError = "raise",
+        **unknown: Any,
     ) -> None:
         super().__init__()
         store_arguments(self, logger=False)
         root, batch_size, num_workers, image_size, seed, classes, cache_dir = to_plain(
             (root, batch_size, num_workers, image_size, seed, classes, cache_dir)
         )
-        for name, value in (
-            ("batch_size", batch_size), ("image_size", image_size),
-            ("samples_per_class", samples_per_class), ("subset", subset),
-        ):  # fmt: skip
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
+        check_keywords(type(self), unknown)
+        check_path("root", root)
+        check_path("cache_dir", cache_dir, optional=True)
+        check_whole("batch_size", batch_size)
+        check_whole("num_workers", num_workers, least=0, optional=True)
+        check_whole("seed", seed, least=0)
+        for name, value in (("image_size", image_size), ("samples_per_class", samples_per_class), ("subset", subset)):
+            check_whole(name, value, optional=True)
+        for name, switch in (("augment", augment), ("download", download)):
+            check_switch(name, switch)
+        check_switch("in_memory", in_memory, optional=True)
+        check_number("val_fraction", val_fraction, above=0, below=1)
+        if classes is not None and (isinstance(classes, str) or not isinstance(classes, Sequence)):
+            raise ValueError(f"classes={shown(classes)}: must be a list of numbers or names of classes, or None")
         if samples_per_class is not None and subset is not None:
             raise ValueError(f"samples_per_class={samples_per_class} and subset={subset}: give one of them")
         for name, choice, allowed in (

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torchvision import datasets
 
+from ff_lightning.arguments import check_choice
 from ff_lightning.data.download import BY_FLAG, DownloadedData
 
 CIFAR100_FINE = tuple(
@@ -66,8 +67,7 @@ class CIFAR100(DownloadedData):
     statistics = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
     def __init__(self, labels: Literal["fine", "coarse"] = "fine", **kwargs: Any) -> None:
-        if labels not in ("fine", "coarse"):
-            raise ValueError(f"labels={labels!r}: must be 'fine' or 'coarse'")
+        check_choice("labels", labels, ["fine", "coarse"])
         self.labels = labels
         if labels == "coarse":
             self.class_names = CIFAR100_COARSE

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from ff_lightning.arguments import check_whole
 from ff_lightning.data.base import ImageData
 from ff_lightning.data.digits import TensorImages
 from ff_lightning.data.loaders import Sample
@@ -33,8 +34,7 @@ class FakeImages(ImageData):
 
     def __init__(self, images: int = 1000, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if images < 40:
-            raise ValueError(f"images={images}: give 40 or more, so that there is one of each class to test")
+        check_whole("images", images, least=40)  # so that there is one of each class to test
         self.images = images
 
     def read_train(self) -> Dataset[Sample]:

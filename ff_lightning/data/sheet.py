@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
@@ -10,11 +11,18 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from ff_lightning.answers import end, of_parser, subclasses
 from ff_lightning.data.base import ImageData
 from ff_lightning.data.loaders import EpochSampler
 
 GAP, TEXT = 2, 12
 """Pixels between the images, and for the name below each."""
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        options = {"sheet": [key for key, _ in self.get_defaults(skip_validation=True).items()]}
+        end(of_parser(message, [], options, subclasses(ImageData)), "ff-lightning sheet --help")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -23,13 +31,16 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: What follows ``ff-lightning sheet`` on the command line.
     """
-    parser = ArgumentParser(prog="ff-lightning sheet", description="Augmented training images with their classes.")
+    parser = _Parser(prog="ff-lightning sheet", description="Augmented training images with their classes.")
     parser.add_subclass_arguments(ImageData, "data", default={"class_path": "ff_lightning.data.Digits"})
     parser.add_argument("--out", type=str, default="sheet.png", help="the picture to write")
     parser.add_argument("--rows", type=PositiveInt, default=4, help="rows of eight images")
     settings = parser.parse_args(args)
-    if not Path(settings.out).parent.is_dir():
-        parser.error(f"out={settings.out!r}: there is no folder {str(Path(settings.out).parent)!r}")
+    out = Path(settings.out).expanduser()
+    if not out.parent.is_dir():
+        parser.error(f"out={settings.out!r}: there is no folder {str(out.parent)!r}")
+    if out.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"out={settings.out!r}: must end as a picture does, such as .png")
     try:
         data: ImageData = parser.instantiate(settings).data
         data.prepare_data()
@@ -41,8 +52,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except OSError as error:
         print(f"no test images: {error}")
     print(counts(data))
-    contact_sheet(data, settings.rows).save(settings.out)
-    print(f"{Path(settings.out)}: training images as the network sees them")
+    contact_sheet(data, settings.rows).save(out)
+    print(f"{out}: training images as the network sees them")
 
 
 def counts(data: ImageData) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torchvision import datasets
 
+from ff_lightning.arguments import is_whole, shown
 from ff_lightning.data.download import BY_FLAG, DownloadedData
 
 
@@ -78,6 +79,6 @@ class STL10(DownloadedData):
 
     def __init__(self, fold: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if fold is not None and fold not in range(10):
-            raise ValueError(f"fold={fold}: must be from 0 to 9, or None")
+        if fold is not None and (not is_whole(fold) or fold not in range(10)):
+            raise ValueError(f"fold={shown(fold)}: must be from 0 to 9, or None")
         self.splits = {"train": {"split": "train", "folds": fold}, "test": {"split": "test"}}

@@ -1,11 +1,12 @@
 """Ordinary backpropagation: the baseline, as a network with one block."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ff_lightning.arguments import check_choice, check_granularity, check_number, check_switch
 from ff_lightning.backbones import Stem
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.modules.base import LocalLearner
@@ -144,6 +145,10 @@ class Backprop(LocalLearner):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
+        check_choice("norm", norm, get_args(Norm), optional=True)
+        check_granularity(granularity)
+        check_switch("probe", probe)
+        check_number("label_smoothing", label_smoothing, least=0, most=1)
         model = self.build_backbone(backbone, stem, weights)
         if norm is None:
             self.trained_on = classes_of_classifier(weights, self.num_classes)

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -25,9 +25,10 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ff_lightning.arguments import check_choice, check_keywords, check_network
 from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.distributed import Averaging
-from ff_lightning.modules import checks
+from ff_lightning.modules import checks, recipe
 from ff_lightning.modules.batches import images_and_classes
 from ff_lightning.modules.factories import to_factory
 from ff_lightning.modules.plain import store_arguments, to_plain
@@ -89,22 +90,27 @@ class LocalLearner(SafeLoading, Resumable):
         accumulate: int = 1,
         compile: bool = False,
         memory_format: Literal["contiguous", "channels_last"] | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        check_keywords(type(self), unknown)
         store_arguments(self, without=("weights",))  # where the run began; a checkpoint has weights of its own
         num_classes, input_shape, lr, lr_decay, clip_norm, clip_value, accumulate = to_plain(
             (num_classes, input_shape, lr, lr_decay, clip_norm, clip_value, accumulate)
         )
         checks.check_arguments(
             num_classes,
+            input_shape,
             lr,
             lr_decay,
             optimizer,
             lr_scheduler,
+            lr_interval,
             optimization,
             clip_norm,
             clip_value,
             accumulate,
+            compile,
             memory_format,
         )
         self.num_classes = cast(int, num_classes)
@@ -126,10 +132,12 @@ class LocalLearner(SafeLoading, Resumable):
 
     def build_backbone(self, backbone: str | nn.Module, stem: Stem, weights: str | None) -> nn.Module:
         """The network itself, or the one of this name for the shape of the images; see `ff_lightning.backbones`."""
+        check_choice("stem", stem, get_args(Stem))
         if isinstance(backbone, str):
             return build_backbone(backbone, self.num_classes, self.input_shape, stem, weights)
         if isinstance(backbone, Mapping):
             backbone = cast(nn.Module, to_factory("backbone", backbone, nn.Module)())
+        check_network("backbone", backbone, "the name of a network or ")
         if weights is not None:
             raise ValueError(f"weights={weights!r}: load them into the backbone that you give, with load_state_dict")
         if stem != "standard":
@@ -284,7 +292,8 @@ class LocalLearner(SafeLoading, Resumable):
         if not groups:
             raise ValueError("every parameter is frozen (requires_grad=False): there is nothing to train")
         per_optimizer = [groups] if self.automatic_optimization else [[group] for group in groups]
-        optimizers = [self.make_optimizer(of_optimizer) for of_optimizer in per_optimizer]
+        optimizers = [recipe.make("optimizer", self.make_optimizer, of_one) for of_one in per_optimizer]
+        recipe.check_trains_blocks(type(optimizers[0]), "automatic" if self.automatic_optimization else "manual")
         schedulers = [scheduler for o in optimizers if (scheduler := make_scheduler(self, o)) is not None]
         self._schedulers_count_steps = isinstance(self.schedule, str) or self.lr_interval == "step"
         self._configured_lr = self.lr

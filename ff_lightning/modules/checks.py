@@ -1,6 +1,6 @@
 """What cannot work is said before it is tried: arguments, Trainer flags, data and checkpoints."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast, get_args
 
 import torch
@@ -13,12 +13,14 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
+from ff_lightning.arguments import check_choice, check_number, check_shape, check_switch, check_whole
 from ff_lightning.modules.lightning_private import ddp_settings
+from ff_lightning.modules.recipe import check_optimizer, check_scheduler
 from ff_lightning.modules.schedules import Schedule
-from ff_lightning.suggest import unknown
 
 MEMORY_FORMATS: dict[str | None, torch.memory_format] = {
     None: torch.preserve_format,
@@ -29,39 +31,40 @@ MEMORY_FORMATS: dict[str | None, torch.memory_format] = {
 
 def check_arguments(
     num_classes: int | None,
+    input_shape: Sequence[int] | None,
     lr: float | None,
     lr_decay: float,
     optimizer: Any,
     lr_scheduler: Any,
+    lr_interval: str,
     optimization: str,
     clip_norm: float | None,
     clip_value: float | None,
     accumulate: int,
+    compile: bool,
     memory_format: str | None,
 ) -> None:
     """Raise ValueError if an argument of `LocalLearner` is out of its range."""
     if num_classes is None:
         raise ValueError("num_classes is missing: give the number of classes of the data")
-    if lr is not None and lr <= 0:
-        raise ValueError(f"lr={lr}: must be above 0")
-    if not 0 < lr_decay <= 1:
-        raise ValueError(f"lr_decay={lr_decay}: must be above 0 and at most 1")
+    check_whole("num_classes", num_classes, least=2)
+    if input_shape is not None:
+        check_shape("input_shape", input_shape)
+    check_number("lr", lr, above=0, optional=True)
+    check_number("lr_decay", lr_decay, above=0, most=1)
     if lr is None and lr_decay != 1 and optimizer is not None:
         raise ValueError(f"lr_decay={lr_decay} needs the lr of the last block: give lr beside the optimizer")
-    if isinstance(lr_scheduler, str) and lr_scheduler not in get_args(Schedule):
-        allowed = f"one of {list(get_args(Schedule))}, or a scheduler class"
-        raise ValueError(unknown("lr_scheduler", lr_scheduler, get_args(Schedule), allowed))
-    if optimization not in ("manual", "automatic"):
-        raise ValueError(f"optimization={optimization!r}: must be 'manual' or 'automatic'")
-    for argument, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-        if value is not None and value <= 0:
-            raise ValueError(f"{argument}={value}: must be above 0, or None for no clipping")
+    check_choice("lr_interval", lr_interval, ["step", "epoch"])
+    check_choice("optimization", optimization, ["manual", "automatic"])
+    check_optimizer(optimizer, lr, optimization)
+    check_scheduler(lr_scheduler, get_args(Schedule), lr_interval)
+    check_number("clip_norm", clip_norm, above=0, optional=True)
+    check_number("clip_value", clip_value, above=0, optional=True)
     if clip_norm is not None and clip_value is not None:
         raise ValueError(f"clip_norm={clip_norm} and clip_value={clip_value}: give one of them")
-    if memory_format not in MEMORY_FORMATS:
-        raise ValueError(unknown("memory_format", memory_format, ["contiguous", "channels_last"]))
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate}: must be at least 1")
+    check_switch("compile", compile)
+    check_choice("memory_format", memory_format, ["contiguous", "channels_last"], optional=True)
+    check_whole("accumulate", accumulate)
     if accumulate > 1 and optimization == "automatic":
         raise ValueError(
             f"accumulate={accumulate} is for optimization='manual': with 'automatic' give "
@@ -100,6 +103,31 @@ def check_trainer_flags(trainer: Trainer) -> None:
                     f"{type(callback).__name__} needs a single optimizer, and optimization='manual' has one for each "
                     f"block: give the model {instead}optimization='automatic'"
                 )
+
+
+def check_batches(trainer: Trainer) -> None:
+    """Raise ValueError if the Trainer was told to run no batch: it would end at once, and say nothing."""
+    flag = {TrainerFn.FITTING: "train", TrainerFn.VALIDATING: "val", TrainerFn.TESTING: "test"}.get(
+        cast(TrainerFn, trainer.state.fn), "predict"
+    )
+    if getattr(trainer, f"limit_{flag}_batches") == 0:
+        raise ValueError(f"limit_{flag}_batches=0 of the Trainer: must be above 0, no batch would run")
+
+
+def check_something_ran(trainer: Trainer) -> None:
+    """Raise ValueError if a run that has ended saw no batch, since its loader had none."""
+    fn = cast(TrainerFn, trainer.state.fn)
+    if fn == TrainerFn.FITTING:
+        seen = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        if trainer.max_epochs == 0 or trainer.max_steps == 0 or trainer.should_stop:
+            return
+    else:
+        loops = {TrainerFn.VALIDATING: trainer.validate_loop, TrainerFn.TESTING: trainer.test_loop}
+        seen = cast(Any, loops.get(fn, trainer.predict_loop)).batch_progress.total.ready
+    if not seen:
+        raise ValueError(
+            f"no batch to {fn.value}: the loader is empty, or holds fewer samples than a batch with drop_last=True"
+        )
 
 
 def check_strategy(strategy: Strategy, automatic: bool) -> None:
@@ -175,7 +203,11 @@ def check_architecture(own: Mapping[str, Tensor], hparams: Mapping[str, Any], ch
             for key, value in hparams.items()
             if key in was and was[key] != value
         }
-        module = "" if "backbone" in was else "; its backbone was given as a module: give it again, backbone=..."
+        module = "".join(
+            f"; its {name} was given as {kind} and is not stored: give it again, {name}=..."
+            for name, kind in (("backbone", "a module"), ("head", "a function"))
+            if name not in was and name in hparams  # what is given as a module or a function is not in there
+        )
         raise ValueError(
             f"the checkpoint was written by another architecture: {len(wrong)} tensors differ, the first is "
             f"{wrong[0]!r}; arguments that differ: {differ or 'none that were stored'}{module}"

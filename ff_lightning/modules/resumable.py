@@ -1,5 +1,6 @@
 """What a run leaves in its checkpoints, and how a run or a test takes one up."""
 
+import sys
 import warnings
 from typing import Any
 
@@ -41,6 +42,7 @@ class Resumable(Reporting):
             warnings.filterwarnings("ignore", message=message)
         strategy = self.trainer.strategy
         checks.check_strategy(strategy, self.automatic_optimization)
+        checks.check_batches(self.trainer)
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeCheckpointIO()
         data = getattr(self.trainer, "datamodule", None)
@@ -66,6 +68,11 @@ class Resumable(Reporting):
             matching.check_same_data(self.trained_on, self._data)
             resume.restore_frozen(self, saved.get("frozen"))
         self._interrupted = {**saved, "optimizers": matching.groups_of(checkpoint.get("optimizer_states", ()))}
+
+    def teardown(self, stage: str) -> None:
+        """Say so where no batch was seen; a Tuner ends its trial runs by an exception, before their first batch."""
+        if sys.exc_info()[0] is None:
+            checks.check_something_ran(self.trainer)
 
     def on_fit_start(self) -> None:
         """Compare the optimizers with those of the run that goes on."""

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from ff_lightning.modules.factories import to_factory
+from ff_lightning.modules.recipe import check_interval, make
 
 Schedule = Literal["onecycle", "cosine", "constant"]
 
@@ -24,7 +25,9 @@ def make_scheduler(module: Any, optimizer: Optimizer) -> LRScheduler | ReduceLRO
         return OneCycleLR(optimizer, max_lr=rates, total_steps=total_steps(module), cycle_momentum=momentum)
     if module.schedule == "cosine":
         return CosineAnnealingLR(optimizer, T_max=total_steps(module))
-    made: LRScheduler | ReduceLROnPlateau = to_factory("lr_scheduler", module.schedule, LRScheduler)(optimizer)
+    factory = to_factory("lr_scheduler", module.schedule, LRScheduler)
+    made: LRScheduler | ReduceLROnPlateau = make("lr_scheduler", factory, optimizer)
+    check_interval(type(made), module.lr_interval)
     return made
 
 
@@ -41,7 +44,11 @@ def total_steps(module: Any) -> int:
     if module.accumulate > 1 and counted:
         in_epochs = math.ceil(trainer.num_training_batches / module.accumulate) * trainer.max_epochs
         steps = in_epochs if trainer.max_steps == -1 else min(in_epochs, trainer.max_steps)
-    return math.ceil(steps / module.turns)
+    if steps < 1 and trainer.max_steps != 0:
+        raise ValueError(
+            "no batch to fit: the loader is empty, or holds fewer samples than a batch with drop_last=True"
+        )
+    return max(1, math.ceil(steps / module.turns))
 
 
 def follow_first_group(optimizer: Optimizer, scheduler: Any) -> None:

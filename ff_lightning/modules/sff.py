@@ -1,5 +1,6 @@
 """Scalable Forward-Forward."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -68,7 +69,7 @@ class SFF(LocalLearner):
                 self.build_backbone(backbone, stem, weights),
                 self.num_classes,
                 granularity,
-                head if isinstance(head, str) else to_factory("head", head, nn.Module),
+                to_factory("head", head, nn.Module) if callable(head) or isinstance(head, Mapping) else head,
                 norm,
                 vote,
                 self.input_shape,

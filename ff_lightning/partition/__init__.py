@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ff_lightning.arguments import check_granularity, check_network, shown
 from ff_lightning.partition.block import Block, State, build_blocks
 from ff_lightning.partition.cuts import (
     balanced_cuts,
@@ -15,7 +16,6 @@ from ff_lightning.partition.cuts import (
     stage_cuts,
 )
 from ff_lightning.partition.features import Features, read_features
-from ff_lightning.suggest import unknown
 
 __all__ = ["Block", "Granularity", "State", "partition"]
 
@@ -57,17 +57,17 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Ten
         >>> [block.name for block in partition(model, "layer", torch.zeros(1, 3, 8, 8))]
         ['0', '2']
     """
-    if isinstance(granularity, str) and granularity not in _RULES:
-        raise ValueError(
-            unknown("granularity", granularity, _RULES, f"one of {list(_RULES)}, a number or a list of module names")
-        )
+    check_network("model", model)
+    check_granularity(granularity)
+    if example is not None and not isinstance(example, Tensor):
+        raise ValueError(f"example={shown(example)}: must be an input batch, a tensor (B, C, H, W), or None")
     features = read_features(model, example)
-    if isinstance(granularity, int):
-        cuts = _balanced(features, granularity)
-    elif isinstance(granularity, str):
+    if isinstance(granularity, str):
         cuts = keep_shared_together(features, _RULES[granularity](features))
-    else:
+    elif isinstance(granularity, Sequence):
         cuts = keep_shared_together(features, named_cuts(features, granularity))
+    else:
+        cuts = _balanced(features, int(granularity))
     return build_blocks(features, cuts)
 
 

@@ -1,0 +1,64 @@
+"""The checkpoint that ``--ckpt_path`` stands for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from ff_lightning.checkpoints import check_whole, fetched, is_remote, read
+
+
+def find_checkpoint(which: str, root: str | None, dirpath: str | None) -> str:
+    """The last or the best checkpoint of the newest run.
+
+    Args:
+        which: ``"last"`` or ``"best"``.
+        root: The folder of the runs, as ``default_root_dir`` of the Trainer; None: the working directory.
+        dirpath: The folder of last.ckpt, where that is given.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    folder = Path(root or ".").expanduser()
+    pattern = "lightning_logs/version_*/checkpoints/last.ckpt"
+    places = [folder / "checkpoints/last.ckpt", *folder.glob(pattern)]
+    if dirpath is not None:
+        places = [Path(dirpath).expanduser() / "last.ckpt"]
+    found = [path for path in places if path.is_file()]
+    if not found:
+        where = str(places[0]) if dirpath is not None else str(folder / pattern)
+        raise ValueError(f"ckpt_path={which!r}: there is no checkpoint {where}: give the path of one")
+    last = max(found, key=lambda path: path.stat().st_mtime)
+    if which == "last":
+        return str(last)
+    states = read_checkpoint(str(last)).get("callbacks", {})
+    paths = [state["best_model_path"] for key, state in states.items() if key.startswith("BestCheckpoint")]
+    for path in map(Path, paths):
+        for best in (path, last.with_name(path.name)):  # the folder of the run may have been moved
+            if path.name and best.is_file():
+                return str(best)
+    raise ValueError(f"ckpt_path='best': the run of {last} has kept no best checkpoint: give 'last', or a path")
+
+
+def read_checkpoint(path: str) -> Mapping[str, Any]:
+    """Read a checkpoint; no code of it is run.
+
+    Raises:
+        ValueError: If the file is not there, or is no checkpoint.
+    """
+    if not is_remote(path) and not Path(path).is_file():
+        what = "it is a folder, give a file in it" if Path(path).is_dir() else "there is no such file"
+        raise ValueError(f"ckpt_path={path!r}: {what}")
+    check_whole(path)
+    try:
+        content = read(fetched(path))
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(
+            f"ckpt_path={path!r} is no checkpoint, or holds more than tensors and plain values: it could run code "
+            "and is not read"
+        ) from error
+    if not isinstance(content, Mapping) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
+        raise ValueError(
+            f"ckpt_path={path!r} is no checkpoint of Lightning; weights alone are given as --model.weights FILE"
+        )
+    return content
