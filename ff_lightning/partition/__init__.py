@@ -5,16 +5,14 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ff_lightning.partition.block import Block, State, build_blocks
-from ff_lightning.partition.cuts import (
-    balanced_cuts,
-    block_cuts,
-    keep_shared_together,
-    layer_cuts,
-    named_cuts,
-    stage_cuts,
-)
-from ff_lightning.partition.features import Features, read_features
+from ff_lightning.partition.block import Block, State, build_blocks, take_modes
+from ff_lightning.partition.check import check
+from ff_lightning.partition.cuts import balanced_cuts, block_cuts, layer_cuts, named_cuts, stage_cuts, trainable
+from ff_lightning.partition.features import Features, trace_features
+from ff_lightning.partition.shapes import materialised
+from ff_lightning.partition.trace import unwrapped
+from ff_lightning.partition.untouched import untouched
+from ff_lightning.partition.whole import CannotDivideError, undivided_calls
 from ff_lightning.suggest import unknown
 
 __all__ = ["Block", "Granularity", "State", "partition"]
@@ -47,7 +45,10 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Ten
 
     Raises:
         ValueError: If the granularity or a module name is not known, a unit would have no weights, the model cannot
-            be traced, or the example does not pass through it.
+            be traced, if the example does not pass through it, or if the blocks would compute something else.
+
+    Warns:
+        If parameters of the network are in no block, or get no gradient there.
 
     Example:
         >>> import torch
@@ -61,20 +62,42 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Ten
         raise ValueError(
             unknown("granularity", granularity, _RULES, f"one of {list(_RULES)}, a number or a list of module names")
         )
-    features = read_features(model, example)
+    model = unwrapped(model)
+    example = materialised(model, example)
+    with untouched(model) as snapshot:
+        features = trace_features(model, example, snapshot)
+        try:
+            blocks = build_blocks(features, _cuts(features, granularity))
+        except CannotDivideError as error:
+            raise ValueError(f"{error}, or {_advice(features)}") from None
+        check(features, blocks, snapshot)
+    take_modes(blocks, model)
+    return blocks
+
+
+def _cuts(features: Features, granularity: Granularity) -> list[int]:
     if isinstance(granularity, int):
-        cuts = _balanced(features, granularity)
-    elif isinstance(granularity, str):
-        cuts = keep_shared_together(features, _RULES[granularity](features))
-    else:
-        cuts = keep_shared_together(features, named_cuts(features, granularity))
-    return build_blocks(features, cuts)
+        return _balanced(features, granularity)
+    if isinstance(granularity, str):
+        return trainable(features, _RULES[granularity](features))
+    return trainable(features, named_cuts(features, granularity))
 
 
 def _balanced(features: Features, count: int) -> list[int]:
     for rule in (block_cuts, layer_cuts):
-        cuts = keep_shared_together(features, rule(features))
+        cuts = trainable(features, rule(features))
         if 1 <= count <= len(cuts) + 1:
-            costs = [block.saved_bytes for block in build_blocks(features, cuts)]
-            return balanced_cuts(cuts, costs, count)
+            costs = [block.saved_bytes for block in build_blocks(features, cuts)] if count > 1 else []
+            return balanced_cuts(features, cuts, costs, count) if count > 1 else []
     raise ValueError(f"granularity={count}: {type(features.model).__name__} can be cut into 1 to {len(cuts) + 1} units")
+
+
+def _advice(features: Features) -> str:
+    """Which granularity works where one does not."""
+    for name in ("layer", "block", "stage"):
+        try:
+            undivided_calls(features, [0, *trainable(features, _RULES[name](features)), len(features.ops)])
+        except CannotDivideError:
+            continue
+        return f"give granularity={name!r}, whose borders lie elsewhere"
+    return "put what must stay whole into a module of its own: as it is, the network cannot be cut at any granularity"
