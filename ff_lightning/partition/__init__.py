@@ -1,8 +1,10 @@
 """Network -> ordered blocks: traced once, cut where the granularity says, run by the model's own modules."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ff_lightning.partition.block import Block, State, build_blocks, take_modes
@@ -11,8 +13,8 @@ from ff_lightning.partition.cuts import balanced_cuts, block_cuts, layer_cuts, n
 from ff_lightning.partition.features import Features, trace_features
 from ff_lightning.partition.shapes import materialised
 from ff_lightning.partition.trace import unwrapped
-from ff_lightning.partition.untouched import untouched
-from ff_lightning.partition.whole import CannotDivideError, undivided_calls
+from ff_lightning.partition.untouched import Snapshot, untouched
+from ff_lightning.partition.whole import CannotDivideError
 from ff_lightning.suggest import unknown
 
 __all__ = ["Block", "Granularity", "State", "partition"]
@@ -64,14 +66,19 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Ten
         )
     model = unwrapped(model)
     example = materialised(model, example)
-    with untouched(model) as snapshot:
+    with torch.inference_mode(False), untouched(model) as snapshot:
         features = trace_features(model, example, snapshot)
         try:
-            blocks = build_blocks(features, _cuts(features, granularity))
+            blocks = _checked_blocks(features, granularity, snapshot)
         except CannotDivideError as error:
-            raise ValueError(f"{error}, or {_advice(features)}") from None
-        check(features, blocks, snapshot)
+            raise ValueError(f"{error}, or {_advice(features, snapshot)}") from None
     take_modes(blocks, model)
+    return blocks
+
+
+def _checked_blocks(features: Features, granularity: Granularity, snapshot: Snapshot) -> list[Block]:
+    blocks = build_blocks(features, _cuts(features, granularity))
+    check(features, blocks, snapshot)
     return blocks
 
 
@@ -92,12 +99,15 @@ def _balanced(features: Features, count: int) -> list[int]:
     raise ValueError(f"granularity={count}: {type(features.model).__name__} can be cut into 1 to {len(cuts) + 1} units")
 
 
-def _advice(features: Features) -> str:
+def _advice(features: Features, snapshot: Snapshot) -> str:
     """Which granularity works where one does not."""
-    for name in ("layer", "block", "stage"):
+    names: tuple[Granularity, ...] = ("layer", "block", "stage")
+    for granularity in names:
         try:
-            undivided_calls(features, [0, *trainable(features, _RULES[name](features)), len(features.ops)])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _checked_blocks(features, granularity, snapshot)
         except CannotDivideError:
             continue
-        return f"give granularity={name!r}, whose borders lie elsewhere"
+        return f"give granularity={granularity!r}, whose borders lie elsewhere"
     return "put what must stay whole into a module of its own: as it is, the network cannot be cut at any granularity"

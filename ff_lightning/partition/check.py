@@ -1,24 +1,27 @@
 """One check after every cut: the blocks compute what the network computes, and each parameter learns."""
 
 import math
+import random
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from ff_lightning.partition.block import Block, State, main_output, parameters_behind
 from ff_lightning.partition.features import Features
 from ff_lightning.partition.trace import evaluating, first_line
 from ff_lightning.partition.untouched import Snapshot, same_random
+from ff_lightning.partition.whole import CannotDivideError
 
 _CHEAP = 20_000_000  # values that a network makes of one image, up to which it is also run in training: a ResNet50
 
 
 def check(features: Features, blocks: Sequence[Block], snapshot: Snapshot) -> None:
-    """Run the blocks and the network once each, and compare.
+    """Run the blocks and the network once each, and compare; on the meta device there is nothing to compare.
 
     Args:
         features: What was cut.
@@ -26,24 +29,27 @@ def check(features: Features, blocks: Sequence[Block], snapshot: Snapshot) -> No
         snapshot: Of the network before it was cut: whoever calls this puts it back.
 
     Raises:
-        ValueError: If the blocks compute something else than the network does, or if a parameter gets a gradient
-            from the network, but not in its block.
+        CannotDivideError: If the blocks compute something else than the network does, or if a parameter gets a
+            gradient from the network, but not in its block.
 
     Warns:
         If the network itself gives parameters no gradient, if parameters take no part in the features, or if hooks
         or attributes of modules that are taken apart are not served by the blocks.
     """
     model = features.model
+    if features.example.device.type == "meta":
+        return
     images = _images(features.example, len(features.example))
+    _ = torch.rand(()), random.random(), np.random.random()  # other numbers than those that tracing has drawn
     snapshot.restore_state()
     with evaluating(model):
         with same_random(model):
-            ours = _run(blocks, images.clone())
+            ours = _run(blocks, images)
         snapshot.restore_state()
         if not _computes(model, images, ours):
-            raise ValueError(
-                f"the blocks compute something else than {_name(model)} does: {_why(features, blocks)}; give another "
-                "granularity, or the network as an nn.Sequential of its blocks"
+            raise CannotDivideError(
+                f"the blocks compute something else than {_name(model)} does: {_why(features, blocks)}; move that into "
+                "a smaller module"
             )
     changed = snapshot.changed()
     unmoved = _state_after_training(features, blocks, snapshot)
@@ -60,42 +66,53 @@ def _images(like: Tensor, count: int) -> Tensor:
 
 
 def _run(blocks: Sequence[Block], images: Tensor) -> Tensor:
-    state: State = images
-    for block in blocks:
-        state = block(state)
+    state: State = images.clone()
+    with _Watch(None):  # as the network runs: torch chooses other kernels for some layers where something watches
+        for block in blocks:
+            state = block(state)
     return main_output(state)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchFunctionMode):
     """Looks whether a tensor with the very values of another one is computed."""
 
-    def __init__(self, wanted: Tensor) -> None:
+    def __init__(self, wanted: Tensor | None) -> None:
         super().__init__()
         self.wanted = wanted
         self.found = False
 
-    def __torch_dispatch__(
+    def look(self, values: Any) -> None:
+        """Look at values, also inside lists, tuples and dicts."""
+        fx.node.map_aggregate(values, self._look_at)
+
+    def _look_at(self, value: Any) -> Any:
+        if self.wanted is not None and not self.found:
+            self.found = _equal(value, self.wanted)
+        return value
+
+    def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        values = (*args, *(result if isinstance(result, tuple | list) else (result,)))
-        self.found = self.found or any(_equal(value, self.wanted) for value in values)
+        self.look((args, result))
         return result
 
 
 def _equal(value: Any, wanted: Tensor) -> bool:
     """Whether two tensors are equal bit by bit; on accelerators, whose sums may vary, up to rounding."""
-    if not isinstance(value, Tensor) or value.shape != wanted.shape or value.dtype != wanted.dtype:
+    if not isinstance(value, Tensor) or value.shape != wanted.shape:
         return False
-    exact = wanted.device.type == "cpu"
-    tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {}
+    if (value.dtype, value.device) != (wanted.dtype, wanted.device):
+        return False
+    tolerance = {"rtol": 0.0, "atol": 0.0} if wanted.device.type == "cpu" else {}
     return torch.equal(value, wanted) or torch.allclose(value, wanted, equal_nan=True, **tolerance)
 
 
 def _computes(model: nn.Module, images: Tensor, wanted: Tensor) -> bool:
     watch = _Watch(wanted)
     with watch:
-        model(images.clone())
+        result = model(images.clone())
+    watch.look(result)
     return watch.found
 
 
@@ -112,7 +129,7 @@ def _state_after_training(features: Features, blocks: Sequence[Block], snapshot:
         snapshot.restore_state()
         with same_random(model):
             try:
-                ours = _run(blocks, images.clone())
+                ours = _run(blocks, images)
             except Exception as error:
                 problem = error
         moved = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -126,9 +143,9 @@ def _state_after_training(features: Features, blocks: Sequence[Block], snapshot:
                 return []
     if not alike:
         why = first_line(problem) if problem is not None else _why(features, blocks)
-        raise ValueError(
-            f"the blocks compute something else in training than {_name(model)} does: {why}; give another granularity, "
-            "or the network as an nn.Sequential of its blocks"
+        raise CannotDivideError(
+            f"the blocks compute something else in training than {_name(model)} does: {why}; move that into a smaller "
+            "module"
         )
     parts = _held(blocks) | {model.get_submodule(name) for name in _divided(features, blocks)}
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in moved}
@@ -147,20 +164,20 @@ def _check_gradients(features: Features, blocks: Sequence[Block], images: Tensor
         reached = [parameters_behind(output) for output in outputs if isinstance(output, Tensor)]
         lost = [name for name, p in idle.items() if any(found is not None and p in found for found in reached)]
         if lost:
-            raise ValueError(
-                f"the loss of its own unit does not reach {_listed(lost)}, though {_name(model)} trains it: give a "
-                "coarser granularity"
+            raise CannotDivideError(
+                f"the loss of its own unit does not reach {_listed(lost)}, though {_name(model)} trains it: freeze it"
             )
         warnings.warn(
-            f"{_name(model)} gives {_listed(list(idle))} no gradient (torch.no_grad, detach), and so do its blocks",
-            stacklevel=4,
+            f"{_name(model)} gives {_listed(list(idle))} no gradient (unused, torch.no_grad, detach), and neither do "
+            "its blocks",
+            stacklevel=5,
         )
     known = {parameter for block in blocks for parameter in block.parameters()}
     known |= {state for op in features.left_out for state in op.state if isinstance(state, nn.Parameter)}
     unused = [name for name, p in model.named_parameters() if p.requires_grad and p not in known]
     if unused:
         warnings.warn(
-            f"{_listed(unused)} of {_name(model)} take no part in its features and are not trained", stacklevel=4
+            f"{_listed(unused)} of {_name(model)} take no part in its features and are not trained", stacklevel=5
         )
 
 
@@ -172,14 +189,14 @@ def _warn_of_unserved(
     if hooked:
         warnings.warn(
             f"borders run through {_listed(hooked)}: the blocks do not run the forward hooks of that module",
-            stacklevel=4,
+            stacklevel=5,
         )
     attributes = [f"{name}.{key}".removeprefix(".") for name in divided for key in changed.get(name, ())]
     if attributes or unmoved:
         warnings.warn(
             f"borders run through modules of {_name(features.model)} whose forward sets "
             f"{_listed([*attributes, *unmoved])}: the blocks do not",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

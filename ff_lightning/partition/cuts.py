@@ -252,7 +252,14 @@ def _between(features: Features, anchors: Sequence[Span], allowed: set[int]) -> 
         return len(_common(features.ops[cut - 1 : cut + 1])), len(features.crossing(cut)), -cut
 
     cuts = [0]
+    gap: list[int] = []  # the places between two anchors, from which the last cut was chosen
     for (_, end), (start, _) in pairwise(anchors):
         places = sorted((cut for cut in range(end, start + 1) if cut in allowed), key=preference)
-        cuts += [cut for cut in places if features.main(cuts[-1], cut) is not None][:1]
+        ways = [(cuts[-1], place) for place in places]
+        # else the unit before may take what else would stand in the way, such as the norm of a parallel branch
+        ways += [(other, place) for other in gap if features.main(cuts[-2], other) is not None for place in places]
+        way = next((way for way in ways if features.main(*way) is not None), None)
+        if way is not None:
+            cuts[-1:] = way
+            gap = places
     return cuts[1:]

@@ -4,16 +4,16 @@
 feature part in the order in which they run. The classifier, and the pooling and flattening before it, are left out.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
 from ff_lightning.partition.classifier import end_of_features, has_classifier
 from ff_lightning.partition.flow import Flow
+from ff_lightning.partition.modes import made_from, two_faced_calls
 from ff_lightning.partition.ops import Op, Reader
 from ff_lightning.partition.shapes import default_example, read_values
-from ff_lightning.partition.trace import Call, Trace, function_name, node_at, own_operations, place_in_call, trace
+from ff_lightning.partition.trace import Call, Trace, trace
 from ff_lightning.partition.untouched import Snapshot, same_random, untouched
 
 
@@ -60,8 +60,8 @@ def trace_features(model: nn.Module, example: Tensor | None, snapshot: Snapshot)
     images = next(node for node in graph.nodes if node.op == "placeholder")
     flows = []
     for result in _results(graph, reader):
-        made_from = _made_from(graph.nodes, result, reader)
-        nodes = [node for node in made_from if node in reader.of_input and node is not images]
+        nodes = made_from(graph.nodes, [result], reader)
+        nodes = [node for node in nodes if node in reader.of_input and node is not images]
         flows.append(Flow(model, tuple(map(reader.read, nodes)), images, result, example))
     flows = [flow for flow in flows if any(op.weights for op in flow.ops)]
     if not flows:
@@ -73,9 +73,9 @@ def trace_features(model: nn.Module, example: Tensor | None, snapshot: Snapshot)
             f"{type(model).__name__} returns a tensor of shape {flow.shape(feature_map)} for a batch of "
             f"{len(example)}: local training needs a network that returns features or scores for each image"
         )
-    kept = {*_made_from([op.node for op in flow.ops[:end]], feature_map, reader)}
+    kept = {*made_from([op.node for op in flow.ops[:end]], [feature_map], reader)}
     ops = tuple(op for op in flow.ops[:end] if op.node in kept)
-    two_faced = _two_faced(training, evaluation, feature_map, reader)
+    two_faced = two_faced_calls(training.graph, graph, [feature_map, ops[-1].node], reader)
     left_out, of_input = flow.ops[end:], frozenset(reader.of_input)
     return Features(model, ops, images, feature_map, example, left_out, evaluation.calls, two_faced, of_input)
 
@@ -86,17 +86,18 @@ def _traces(model: nn.Module, snapshot: Snapshot) -> tuple[Trace, Trace]:
     What tracing has left in the network is put back; only the constants are still there that the second graph uses.
     """
     closed: frozenset[str] = frozenset()
+    buffers_as_values = True
     while True:
         traces = []
         for mode in (True, False):
             model.train(mode)
             with same_random(model):
-                traces.append(trace(model, closed))
-            closed = traces[-1].closed
+                traces.append(trace(model, closed, buffers_as_values))
+            closed, buffers_as_values = traces[-1].closed, traces[-1].buffers_as_values
             names = {str(node.target) for node in traces[-1].graph.nodes if node.op == "get_attr"}
             constants = {key: model.__dict__[key] for key in names & snapshot.added()}
             snapshot.restore_state()
-        if traces[0].closed == traces[1].closed:
+        if (traces[0].closed, traces[0].buffers_as_values) == (closed, buffers_as_values):
             snapshot.constants = constants
             snapshot.restore_state()
             return traces[0], traces[1]
@@ -109,26 +110,3 @@ def _results(graph: fx.Graph, reader: Reader) -> list[fx.Node]:
     if not results:
         raise ValueError(f"{type(reader.model).__name__} returns no tensor that depends on its input")
     return results
-
-
-def _made_from(nodes: Iterable[fx.Node], result: fx.Node, reader: Reader) -> list[fx.Node]:
-    """The operations among the nodes that a value is made by, with assertions and changes in place, in order."""
-    found = {result}
-    made_from = []
-    for node in reversed(list(nodes)):
-        changed = reader.changed_by(node)
-        of_a_module = changed is not None and changed.op == "get_attr"
-        if node in found or changed in found or of_a_module or function_name(node) == "_assert":
-            found.update((node, *node.all_input_nodes))
-            made_from.append(node)
-    return made_from[::-1]
-
-
-def _two_faced(training: Trace, evaluation: Trace, feature_map: fx.Node, reader: Reader) -> frozenset[str]:
-    """The calls that do something else in training than in evaluation on the way to the features."""
-    end = node_at(training.graph, place_in_call(evaluation.graph, feature_map))
-    own = []
-    for graph, last in ((training.graph, end), (evaluation.graph, feature_map)):
-        nodes = list(graph.nodes)
-        own.append(own_operations(nodes if last is None else _made_from(nodes[: nodes.index(last) + 1], last, reader)))
-    return frozenset(call for call in {*own[0], *own[1]} if own[0].get(call) != own[1].get(call))

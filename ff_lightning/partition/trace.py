@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -48,11 +48,13 @@ class Trace:
         graph: Its operations.
         calls: The calls of modules with children, by a name that is unique for each call.
         closed: The modules that cannot be traced: each is one operation.
+        buffers_as_values: Whether buffers are read anew by each operation, not taken as they were.
     """
 
     graph: fx.Graph
     calls: dict[str, Call]
     closed: frozenset[str]
+    buffers_as_values: bool
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -241,12 +243,13 @@ def _identities(value: Any) -> Any:
     return id(value.node if isinstance(value, fx.Proxy) else value)
 
 
-def trace(model: nn.Module, closed: Collection[str] = ()) -> Trace:
+def trace(model: nn.Module, closed: Collection[str], buffers_as_values: bool) -> Trace:
     """Trace `model`; a module that cannot be traced stays one operation.
 
     Args:
         model: The network, in the mode in which it is to be traced.
         closed: Modules that stay one operation in any case.
+        buffers_as_values: Whether to try that; a forward that assigns to a buffer of its own does not allow it.
 
     Raises:
         ValueError: If forward wants several inputs, or if the forward of the model itself cannot be traced.
@@ -260,12 +263,12 @@ def trace(model: nn.Module, closed: Collection[str] = ()) -> Trace:
             "input; wrap it in a module that makes the others itself"
         )
     problem: Exception | None = None
-    for buffers_as_values in (True, False):  # second: a forward that assigns to a buffer of its own
-        tracer = _Tracer(closed, buffers_as_values)
+    for as_values in dict.fromkeys((buffers_as_values, False)):
+        tracer = _Tracer(closed, as_values)
         try:
             with torch.enable_grad(), _deep_enough(model), _autocasts_noted(tracer):
                 graph = tracer.trace(model)
-            return Trace(graph, tracer.calls, frozenset(tracer.closed))
+            return Trace(graph, tracer.calls, frozenset(tracer.closed), as_values)
         except Exception as error:
             problem = problem or error
     assert problem is not None
@@ -305,54 +308,6 @@ def _autocasts_noted(tracer: _Tracer) -> Iterator[None]:
         yield
     finally:
         torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
-
-
-def _stack(node: fx.Node) -> list[str]:
-    """The calls of modules in whose forward an operation stands, outermost first."""
-    stack = list(node.meta.get("nn_module_stack", {}))
-    return stack[:-1] if node.op == "call_module" else stack
-
-
-def innermost(node: fx.Node) -> str:
-    """The call of the module in whose own forward an operation stands; of the model itself: nothing."""
-    return next(reversed(_stack(node)), "")
-
-
-def own_operations(nodes: Iterable[fx.Node]) -> dict[str, list[str]]:
-    """What each call of a module does itself: its operations in order, and which modules it calls."""
-    own: dict[str, list[str]] = {"": []}
-    places: dict[fx.Node, tuple[str, int]] = {}
-    for node in nodes:
-        if node.op in ("get_attr", "output"):
-            continue
-        caller = ""
-        for call in _stack(node):
-            if call not in own:
-                own[call] = []
-                own[caller].append(f"call of {call}")
-            caller = call
-
-        def written(arg: fx.Node, caller: str = caller) -> str:
-            where, place = places.get(arg, ("", -1))
-            return f"#{place}" if where == caller else "a node"
-
-        args = fx.node.map_arg((node.args, node.kwargs), written)
-        places[node] = (caller, len(own[caller]))
-        own[caller].append(f"{node.op} {node.target} {args}")
-    return own
-
-
-def place_in_call(graph: fx.Graph, wanted: fx.Node) -> tuple[str, int]:
-    """The call in which an operation stands, and the how many of its own operations it is."""
-    caller = innermost(wanted)
-    own = [node for node in graph.nodes if node.op != "get_attr" and innermost(node) == caller]
-    return caller, own.index(wanted)
-
-
-def node_at(graph: fx.Graph, place: tuple[str, int]) -> fx.Node | None:
-    """The operation at such a place, if there is one."""
-    own = [node for node in graph.nodes if node.op != "get_attr" and innermost(node) == place[0]]
-    return own[place[1]] if place[1] < len(own) else None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 _CONTAINERS = (list, dict, set, deque)
-_OF_TORCH = {"_parameters", "_modules", "_buffers", "training"}
+_OF_TORCH = nn.Module().__dict__.keys()  # parameters, buffers, modules, hooks: what torch gives to each module
 
 
 class Snapshot:
