@@ -66,7 +66,7 @@ def main(names):
         new = row(name)
         print(new, flush=True)
         text = ROW.sub(lambda match, name=name, new=new: new if match[1] == name else match[0], text)
-    PAGE.write_text(text)
+        PAGE.write_text(text)
 
 
 if __name__ == "__main__":

@@ -201,26 +201,26 @@ class Appends(ChangesList):
         return xs[-1]
 
 
-class CallsWithList(nn.Module):
-    def __init__(self, callee, wrap):
-        super().__init__()
-        self.c, self.t, self.wrap = conv(), callee, wrap
+class CallsWithList(Net):
+    def __init__(self, callee, wrap, looks):
+        super().__init__(conv(), callee=callee, wrap=wrap, looks=looks)
 
-    def forward(self, x):
-        xs = self.wrap(self.c(x))
-        y = self.t(xs)
+    def middle(self, x):
+        xs = self.wrap(self.part(x))
+        y = self.callee(xs)
         first = next(iter(xs.values())) if isinstance(xs, dict) else xs[0]
-        return y + first  # the caller sees what the callee has put there
+        return y + first if self.looks else y
 
 
+@pytest.mark.parametrize("looks", [False, True], ids=["caller", "caller that looks"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize(
     ("callee", "wrap"),
     [(ChangesList, lambda x: [x]), (ChangesDict, lambda x: {"x": x}), (Appends, lambda x: [x])],
     ids=["list", "dict", "append"],
 )
-def test_a_callee_that_changes_its_argument(callee, wrap, granularity):
-    assert_exact(lambda: Net(CallsWithList(callee(), wrap)), granularity)
+def test_a_callee_that_changes_its_argument(callee, wrap, granularity, looks):
+    assert_exact(lambda: CallsWithList(callee(), wrap, looks), granularity)
 
 
 class Masked(nn.Module):
@@ -312,6 +312,18 @@ class Reparametrised(nn.Module):
         return F.relu(self.norm_a(self.a(x)) + self.norm_b(self.b(x)) + identity)
 
 
+class Positions(nn.Module):
+    """Positions on the device of a weight, which does not learn from them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x):
+        rows = torch.arange(x.shape[2] + 0, device=self.b.weight.device, dtype=self.a.weight.dtype)
+        return self.b(self.a(x) + rows.sin()[:, None])
+
+
 class Gains(nn.Module):
     """Parameters that enter late, and one that enters in place."""
 
@@ -326,7 +338,7 @@ class Gains(nn.Module):
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("part", [Parallel, Reparametrised, Gains])
+@pytest.mark.parametrize("part", [Parallel, Reparametrised, Positions, Gains])
 def test_every_unit_trains_all_of_its_weights(part, granularity):
     assert_exact(lambda: Net(nn.Sequential(part(), part())), granularity)
 

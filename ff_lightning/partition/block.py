@@ -83,7 +83,7 @@ def build_blocks(features: Features, cuts: Sequence[int]) -> list[Block]:
     state: State = features.example
     for start, end in pairwise(borders):
         main = features.main(start, end)
-        assert main is not None
+        assert main is not None, "cuts are made where there is one"
         outputs = [main, *(node for node in features.alive(end) if node is not main)]
         graph = _body(features, features.ops[start:end], whole, inputs, outputs)
         body = fx.GraphModule(features.model, graph)
@@ -181,8 +181,12 @@ def _body(
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in inputs}
 
-    def make(node: fx.Node) -> fx.Node:
+    def make(node: fx.Node) -> Any:
         """The node in this graph; constants and weights are made where they are first needed."""
+        if node in features.facts:  # without the weight that it was read off, which may belong to another block
+            fact = features.facts[node]
+            of_input = made[inputs[0]]
+            return graph.call_function(getattr, (of_input, "device")) if isinstance(fact, torch.device) else fact
         if node not in made:
             copy = graph.node_copy(node, make)
             made[node] = _without_grad(graph, copy) if node.meta.get("without_grad") and node.op != "get_attr" else copy

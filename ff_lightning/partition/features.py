@@ -5,6 +5,7 @@ feature part in the order in which they run. The classifier, and the pooling and
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -26,12 +27,14 @@ class Features(Flow):
         calls: The calls of modules that have children, by the unique name that `Op.calls` uses.
         two_faced: The calls whose own operations are others in training than in evaluation.
         of_input: All values that depend on the images, also those that the features do not need.
+        facts: What the code only reads off weights and buffers: their device, dtype or size.
     """
 
     left_out: tuple[Op, ...]
     calls: dict[str, Call]
     two_faced: frozenset[str]
     of_input: frozenset[fx.Node]
+    facts: dict[fx.Node, Any]
 
 
 def read_features(model: nn.Module, example: Tensor | None = None) -> Features:
@@ -77,7 +80,8 @@ def trace_features(model: nn.Module, example: Tensor | None, snapshot: Snapshot)
     ops = tuple(op for op in flow.ops[:end] if op.node in kept)
     two_faced = two_faced_calls(training.graph, graph, [feature_map, ops[-1].node], reader)
     left_out, of_input = flow.ops[end:], frozenset(reader.of_input)
-    return Features(model, ops, images, feature_map, example, left_out, evaluation.calls, two_faced, of_input)
+    facts = {node: fact for node, fact in reader.values.facts.items() if node not in of_input}
+    return Features(model, ops, images, feature_map, example, left_out, evaluation.calls, two_faced, of_input, facts)
 
 
 def _traces(model: nn.Module, snapshot: Snapshot) -> tuple[Trace, Trace]:

@@ -123,13 +123,13 @@ class Flow:
         cut = self.index[node] + 1 if node in self.index else 0
         last = next((i for i in reversed(range(cut)) if self.ops[i].weights), None)
         since: Sequence[Op] = () if last is None else self.ops[last:cut]
-        if since and not any(permutes(self.model, op) for op in since):
-            if is_convolution(self.model, since[0]):
-                return 1
-            if is_linear(self.model, since[0]) and all(len(op.shape or shape) == len(shape) for op in since):
-                return len(shape) - 1
+        in_order = bool(since) and not any(permutes(self.model, op) for op in since)
+        if in_order and is_convolution(self.model, since[0]):
+            return 1
         widths = {weight.shape[0] for weight in since[0].weights} if since else set()
         fitting = [dim for dim in range(1, len(shape)) if shape[dim] in widths]
+        if in_order and is_linear(self.model, since[0]) and len(shape) - 1 in fitting:
+            return len(shape) - 1
         return fitting[0] if len(fitting) == 1 else (len(shape) - 1 if len(shape) == 3 else 1)
 
     def area(self, node: fx.Node) -> int:

@@ -72,6 +72,7 @@ class Reader:
         state, learns = self._state(node)
         without_grad = bool(node.meta.get("without_grad")) or function_name(node) in ("detach", "detach_")
         bundle = node in self.values.bundles
+        passes_gradients = (bundle or node in self.values.floating) and not without_grad
         return Op(
             node,
             tuple(arg for arg in node.all_input_nodes if arg in self.of_input),
@@ -80,8 +81,8 @@ class Reader:
             self.values.shapes.get(node),
             self._weights(node, state),
             state,
-            learns and not without_grad,
-            (bundle or node in self.values.floating) and not without_grad,
+            learns and passes_gradients,
+            passes_gradients,
             bundle,
             self.changed_by(node),
         )
@@ -115,6 +116,8 @@ class Reader:
             if node.op == "get_attr":
                 value = attribute(self.model, str(node.target))
                 self.constants[node] = (value,), isinstance(value, nn.Parameter)
+            elif node not in self.values.floating | self.values.bundles:  # the device of a weight, say
+                self.constants[node] = (), False
             else:
                 state, learns = self._state(node)
                 self.constants[node] = state, learns and not node.meta.get("without_grad")

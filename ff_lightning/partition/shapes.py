@@ -20,11 +20,13 @@ class Values:
         shapes: Of each tensor.
         floating: The tensors that can carry a gradient.
         bundles: The values that can hold tensors without being one, such as tuples of tensors.
+        facts: What is only read off a tensor: its device, dtype or size.
     """
 
     shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
     floating: set[fx.Node] = field(default_factory=set)
     bundles: set[fx.Node] = field(default_factory=set)
+    facts: dict[fx.Node, Any] = field(default_factory=dict)
 
 
 class _Reader(fx.Interpreter):
@@ -47,6 +49,8 @@ class _Reader(fx.Interpreter):
                 self.values.floating.add(n)
         elif not _is_plain(value):
             self.values.bundles.add(n)
+        elif n.target is getattr or n.target in ("size", "dim", "numel"):
+            self.values.facts[n] = tuple(value) if isinstance(value, torch.Size) else value
         return value
 
 
