@@ -1,47 +1,57 @@
 """Every network of docs/networks.md, in every granularity."""
 
 import copy
-import re
+import warnings
 from itertools import combinations, pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 
 from ff_lightning import LocalNet, partition
 from tests.conftest import small_net
+from tests.networks import GRANULARITIES, ROW, ROWS, build, row
 
-TABLE = (Path(__file__).parents[1] / "docs/networks.md").read_text()
-ROWS = {
-    name: tuple(map(int, counts))
-    for name, *counts in re.findall(r"^\| `(\S+)` \| (\d+) \| (\d+) \| (\d+) \|", TABLE, re.M)
-}
 FEATURES = {  # the module whose output is the feature map, where it is not called `features`
-    "resnet": "layer4", "resnext": "layer4", "wide": "layer4", "timm/resnet": "layer4", "regnet": "trunk_output",
+    "resnet": "layer4", "resnext": "layer4", "wide": "layer4", "timm/resnet18": "layer4", "regnet": "trunk_output",
     "shufflenet": "conv5", "vit": "encoder", "swin": "permute", "googlenet": "inception5b", "timm/mobilenetv3": "act2",
-    "timm/vit": "norm",
+    "timm/vit_tiny": "norm", "headless/timm/vit_tiny": "norm", "headless/vit": "encoder", "headless/swin_t": "permute",
+    "mobilenet": "features", "efficientnet": "features", "convnext": "features", "vgg": "features",
 }  # fmt: skip
-
-
-def build(name):
-    """The network and a batch of images that are large enough for it."""
-    torch.manual_seed(0)
-    if name.startswith("timm/"):
-        timm = pytest.importorskip("timm")
-        return timm.create_model(name[5:], num_classes=10), 224 if "vit" in name else 64
-    arguments = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-    arguments |= {"image_size": 32} if name.startswith("vit") else {}
-    return models.get_model(name, num_classes=10, **arguments), 32 if name.startswith("vit") else 64
 
 
 def features_of(name, model, x):
     """The features by the model itself."""
-    where = next((FEATURES[key] for key in FEATURES if name.startswith(key)), "features")
+    where = next(FEATURES[key] for key in FEATURES if name.startswith(key))
     kept = []
     model.get_submodule(where).register_forward_hook(lambda *args: kept.append(args[2]))
     model(x)
-    return kept[0].relu() if name.startswith("densenet") else kept[0]
+    return kept[0]
+
+
+class Computes(TorchDispatchMode):
+    """Whether some operation of the model returns the very values of a tensor."""
+
+    def __init__(self, wanted):
+        super().__init__()
+        self.wanted, self.found = wanted, False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor) and value.shape == self.wanted.shape:
+                self.found = self.found or torch.equal(value, self.wanted)
+        return result
+
+
+def computes(name, model, x, wanted):
+    """Whether the model itself computes the features, at the right place where that is known."""
+    if any(name.startswith(key) for key in FEATURES):
+        return torch.equal(features_of(name, model, x), wanted)
+    with Computes(wanted) as watch:
+        model(x)
+    return watch.found
 
 
 FAST = (
@@ -50,38 +60,56 @@ FAST = (
     "efficientnet_b0",
     "shufflenet_v2_x1_0",
     "timm/vit_tiny_patch16_224",
+    "timm/repvgg_a0",
+    "headless/timm/vit_tiny_patch16_224",
+    "headless/swin_t",
 )
+CLASSIFIERS = {"classifier", "fc", "head", "heads", "head_dist", "last_linear", "aux1", "aux2", "AuxLogits"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in ROWS])
 def test_units_in_order_equal_the_network(name):
+    if "timm/" in name:
+        pytest.importorskip("timm")
     model, size = build(name)
-    x = torch.randn(2, 3, size, size)
+    x, y = torch.randn(2, 3, size, size), torch.tensor([0, 1])
     own = dict(model.named_parameters())
-    for granularity, count in zip(("layer", "block", "stage"), ROWS[name], strict=True):
-        blocks = partition(model, granularity, x[:1])
+    for granularity, count in zip(GRANULARITIES, ROWS[name], strict=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a single unit, and of heads that only run in training
+            net = LocalNet(model, 10, granularity, input_shape=(3, size, size))
+        blocks = net.blocks
         assert len(blocks) == count, granularity
         for training in (False, True):
             reference = copy.deepcopy(model).train(training)
-            for block in blocks:
-                block.train(training)
+            net.train(training)
             with torch.no_grad():
                 torch.manual_seed(1)
-                expected = features_of(name, reference, x)
-                state = x
-                torch.manual_seed(1)
+                state = x.clone()
                 for block in blocks:
                     state = block(state)
-            assert torch.equal(state, expected), (granularity, training)
-            expected_state = reference.state_dict()
-            for block in blocks:
-                for key, value in block.body.state_dict().items():
-                    assert torch.equal(value, expected_state[key]), key
+                expected_state = {
+                    key: value.clone() for block in blocks for key, value in block.body.state_dict().items()
+                }
+                torch.manual_seed(1)
+                assert computes(name, reference, x.clone(), state), (granularity, training)
+            for key, value in reference.state_dict().items():
+                assert key not in expected_state or torch.equal(value, expected_state[key]), key
         held = [key for block in blocks for key, _ in block.body.named_parameters()]
         assert len(held) == len(set(held)), "each parameter is in one unit"
         assert all(own[key] is value for block in blocks for key, value in block.body.named_parameters())
         left_out = {key.split(".")[0] for key in set(own) - set(held)}
-        assert len(left_out) == 1, f"the classifier alone is left out, not {left_out}"
+        assert left_out <= CLASSIFIERS, f"the classifier alone is left out, not {left_out}"
+        assert left_out or name.startswith("headless/")
+        for k, loss in enumerate(net.local_losses(x, y)):
+            loss.backward()
+            idle = [key for key, p in blocks[k].body.named_parameters() if p.grad is None and p.requires_grad]
+            assert not idle, f"{granularity}: no gradient from the loss of their own unit"
+
+
+def test_the_table_is_what_the_script_makes():
+    assert ROW.fullmatch(row("resnet18"))
+    assert row("resnet18") == "| `resnet18` | 20 | 9 | 4 | 64 |"
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "densenet121", "swin_t", "timm/vit_tiny_patch16_224"])

@@ -1,21 +1,21 @@
 """Network -> ordered blocks: traced once, cut where the granularity says, run by the model's own modules."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from ff_lightning.arguments import check_granularity, check_network, shown
-from ff_lightning.partition.block import Block, State, build_blocks
-from ff_lightning.partition.cuts import (
-    balanced_cuts,
-    block_cuts,
-    keep_shared_together,
-    layer_cuts,
-    named_cuts,
-    stage_cuts,
-)
-from ff_lightning.partition.features import Features, read_features
+from ff_lightning.partition.block import Block, State, build_blocks, take_modes
+from ff_lightning.partition.check import check
+from ff_lightning.partition.cuts import balanced_cuts, block_cuts, layer_cuts, named_cuts, stage_cuts, trainable
+from ff_lightning.partition.features import Features, trace_features
+from ff_lightning.partition.shapes import materialised
+from ff_lightning.partition.trace import unwrapped
+from ff_lightning.partition.untouched import Snapshot, untouched
+from ff_lightning.partition.whole import CannotDivideError
 
 __all__ = ["Block", "Granularity", "State", "partition"]
 
@@ -47,7 +47,10 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Ten
 
     Raises:
         ValueError: If the granularity or a module name is not known, a unit would have no weights, the model cannot
-            be traced, or the example does not pass through it.
+            be traced, if the example does not pass through it, or if the blocks would compute something else.
+
+    Warns:
+        If parameters of the network are in no block, or get no gradient there.
 
     Example:
         >>> import torch
@@ -61,20 +64,50 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Ten
     check_granularity(granularity)
     if example is not None and not isinstance(example, Tensor):
         raise ValueError(f"example={shown(example)}: must be an input batch, a tensor (B, C, H, W), or None")
-    features = read_features(model, example)
+    model = unwrapped(model)
+    example = materialised(model, example)
+    with torch.inference_mode(False), untouched(model) as snapshot:
+        features = trace_features(model, example, snapshot)
+        try:
+            blocks = _checked_blocks(features, granularity, snapshot)
+        except CannotDivideError as error:
+            raise ValueError(f"{error}, or {_advice(features, snapshot)}") from None
+    take_modes(blocks, model)
+    return blocks
+
+
+def _checked_blocks(features: Features, granularity: Granularity, snapshot: Snapshot) -> list[Block]:
+    blocks = build_blocks(features, _cuts(features, granularity))
+    check(features, blocks, snapshot)
+    return blocks
+
+
+def _cuts(features: Features, granularity: Granularity) -> list[int]:
     if isinstance(granularity, str):
-        cuts = keep_shared_together(features, _RULES[granularity](features))
-    elif isinstance(granularity, Sequence):
-        cuts = keep_shared_together(features, named_cuts(features, granularity))
-    else:
-        cuts = _balanced(features, int(granularity))
-    return build_blocks(features, cuts)
+        return trainable(features, _RULES[granularity](features))
+    if isinstance(granularity, Sequence):
+        return trainable(features, named_cuts(features, granularity))
+    return _balanced(features, int(granularity))
 
 
 def _balanced(features: Features, count: int) -> list[int]:
     for rule in (block_cuts, layer_cuts):
-        cuts = keep_shared_together(features, rule(features))
+        cuts = trainable(features, rule(features))
         if 1 <= count <= len(cuts) + 1:
-            costs = [block.saved_bytes for block in build_blocks(features, cuts)]
-            return balanced_cuts(cuts, costs, count)
+            costs = [block.saved_bytes for block in build_blocks(features, cuts)] if count > 1 else []
+            return balanced_cuts(features, cuts, costs, count) if count > 1 else []
     raise ValueError(f"granularity={count}: {type(features.model).__name__} can be cut into 1 to {len(cuts) + 1} units")
+
+
+def _advice(features: Features, snapshot: Snapshot) -> str:
+    """Which granularity works where one does not."""
+    names: tuple[Granularity, ...] = ("layer", "block", "stage")
+    for granularity in names:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _checked_blocks(features, granularity, snapshot)
+        except CannotDivideError:
+            continue
+        return f"give granularity={granularity!r}, whose borders lie elsewhere"
+    return "put what must stay whole into a module of its own: as it is, the network cannot be cut at any granularity"

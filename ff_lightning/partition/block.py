@@ -1,6 +1,8 @@
 """The units of local training, built from a traced network and the places where it is cut."""
 
 import operator
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -9,8 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ff_lightning.memory import saved_for_backward
-from ff_lightning.partition.features import Features, Op
+from ff_lightning.partition.features import Features
+from ff_lightning.partition.ops import Op
 from ff_lightning.partition.trace import Call, evaluating
+from ff_lightning.partition.whole import nodes_in, undivided_calls
 
 State = Tensor | tuple[Any, ...]
 
@@ -30,6 +34,7 @@ class Block(nn.Module):
         channel_dim: The dimension of the main output that counts channels.
         map_shape: (C, H, W) of the main output for the example; H counts tokens and W is 1 for a row of tokens.
         saved_bytes: What autograd keeps of one image for the backward of this block, parameters aside.
+        idle: Names of its trainable parameters that no gradient of its main output reaches.
     """
 
     def __init__(self, name: str, body: fx.GraphModule, channel_dim: int) -> None:
@@ -39,14 +44,20 @@ class Block(nn.Module):
         self.channel_dim = channel_dim
         self.map_shape: tuple[int, ...] = ()
         self.saved_bytes = 0
+        self.idle: tuple[str, ...] = ()
 
     def forward(self, state: State) -> State:
         """Run the block on the state before it; returns the state behind it."""
         return self.body(*state) if isinstance(state, tuple) else self.body(state)
 
     def to_map(self, output: Tensor) -> Tensor:
-        """The main output as a map (B, C, H, W): tokens become (B, C, N, 1), vectors (B, C, 1, 1)."""
+        """The main output as a map (B, C, H, W): tokens become (B, C, N, 1), vectors (B, C, 1, 1).
+
+        Of more than two dimensions of positions all but the last one become one: (B, C, D, H, W) -> (B, C, D * H, W).
+        """
         output = output.movedim(self.channel_dim, 1)
+        if output.ndim > 4:
+            return output.flatten(2, -2)
         return output if output.ndim == 4 else output.reshape(*output.shape, *[1] * (4 - output.ndim))
 
     def extra_repr(self) -> str:
@@ -60,23 +71,27 @@ def build_blocks(features: Features, cuts: Sequence[int]) -> list[Block]:
     A module that no cut divides is called as it is; only modules with a cut inside are taken apart.
 
     Raises:
-        ValueError: If a module with a cut inside does something else in training than in evaluation.
+        CannotDivideError: If a module with a cut inside cannot be taken apart.
     """
     borders = [0, *cuts, len(features.ops)]
-    whole = _undivided_calls(features, borders)
+    whole = undivided_calls(features, borders)
     of_model = set(features.model.modules())
+    stored = features.model.state_dict().keys()
+    name_of = _Names(features)
     blocks: list[Block] = []
     inputs = [features.input]
     state: State = features.example
     for start, end in pairwise(borders):
-        alive = features.alive(end)
-        main = next(op.node for op in reversed(features.ops[start:end]) if op.shape is not None and op.node in alive)
-        outputs = [main, *(node for node in alive if node is not main)]
+        main = features.main(start, end)
+        assert main is not None, "cuts are made where there is one"
+        outputs = [main, *(node for node in features.alive(end) if node is not main)]
         graph = _body(features, features.ops[start:end], whole, inputs, outputs)
         body = fx.GraphModule(features.model, graph)
-        block = Block(_name(features, start, end), body, features.channel_dim(end))
-        for module in set(block.modules()) - of_model:
-            module.training = features.model.training
+        for name, module in body.named_modules():
+            if module not in of_model:
+                keys = {key for key in module._buffers if f"{name}.{key}".removeprefix(".") not in stored}
+                module._non_persistent_buffers_set |= keys  # constants of the code, no state of the network
+        block = Block(name_of(start, end), body, features.channel_dim(main))
         with evaluating(block):
             state = _run_untouched(block, state)
         block.map_shape = tuple(block.to_map(main_output(state)).shape[1:])
@@ -93,18 +108,56 @@ def _run_untouched(block: Block, state: State) -> State:
     values = state if isinstance(state, tuple) else (state,)
     copies = tuple(value.clone() if isinstance(value, Tensor) else value for value in values)
     with torch.enable_grad(), saved_for_backward(left_out=block.parameters()) as saved:
-        result = _detached(block(copies if isinstance(state, tuple) else copies[0]))
+        result = block(copies if isinstance(state, tuple) else copies[0])
     block.saved_bytes = saved.peak // len(copies[0])
+    reached = parameters_behind(main_output(result))
+    own = [(name, parameter) for name, parameter in block.body.named_parameters() if parameter.requires_grad]
+    block.idle = tuple(name for name, parameter in own if reached is not None and parameter not in reached)
     graph = block.body.graph
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    changed = False
     for node, copy in zip(inputs, copies, strict=True):
         users = [block.body.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
         if isinstance(copy, Tensor) and (copy._version > 0 or any(getattr(user, "inplace", False) for user in users)):
+            changed = True
             with graph.inserting_after(inputs[-1]):
-                own = graph.call_method("clone", (node,))
-            node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
-    block.body.recompile()
-    return result
+                own_copy = graph.call_method("clone", (node,))
+            node.replace_all_uses_with(own_copy, delete_user_cb=lambda user, own=own_copy: user is not own)
+    if changed:
+        block.body.recompile()
+    return detached(result)
+
+
+def take_modes(blocks: Sequence[Block], model: nn.Module) -> None:
+    """Put what stands for a divided module into the mode of the module: training or evaluation."""
+    training = {name: module.training for name, module in model.named_modules()}
+    of_model = set(model.modules())
+    for block in blocks:
+        block.training = model.training
+        for name, module in block.body.named_modules():
+            if module not in of_model:
+                module.training = training.get(name, model.training)
+
+
+def parameters_behind(output: Tensor) -> set[Tensor] | None:
+    """The parameters that a gradient of a tensor reaches, or None where the graph does not tell.
+
+    Nothing is computed: the graph of autograd is read alone.
+    """
+    found: set[Tensor] = set()
+    seen: set[Any] = set()
+    todo = [output.grad_fn]
+    while todo:
+        function = todo.pop()
+        if function is None or function in seen:
+            continue
+        if type(function).__name__ == "CheckpointFunctionBackward":  # reentrant: it has its graph in backward only
+            return None
+        seen.add(function)
+        if hasattr(function, "variable"):
+            found.add(function.variable)
+        todo.extend(earlier for earlier, _ in function.next_functions)
+    return found
 
 
 def main_output(state: State) -> Tensor:
@@ -112,43 +165,9 @@ def main_output(state: State) -> Tensor:
     return state[0] if isinstance(state, tuple) else state
 
 
-def _detached(state: State) -> State:
-    return fx.node.map_aggregate(state, lambda value: value.detach() if isinstance(value, Tensor) else value)
-
-
-def _undivided_calls(features: Features, borders: Sequence[int]) -> dict[str, Call]:
-    """The module calls whose operations all lie in one block and that can be made again as one operation."""
-    units: dict[str, set[int]] = {}
-    inside: dict[str, set[fx.Node]] = {}
-    for unit, (start, end) in enumerate(pairwise(borders)):
-        for op in features.ops[start:end]:
-            for call in op.calls:
-                units.setdefault(call, set()).add(unit)
-                inside.setdefault(call, set()).add(op.node)
-    for op in features.left_out:
-        for call in op.calls:
-            units.setdefault(call, set()).add(-1)
-    whole = {}
-    for name, traced in features.calls.items():
-        results = _nodes_in(traced.result)
-        leaving = {n for n in inside.get(name, ()) if n in results or any(u not in inside[name] for u in n.users)}
-        if len(units.get(name, ())) == 1 and results and leaving == set(results):
-            whole[name] = traced
-    for op in features.ops:
-        divided = next((call for call in reversed(op.calls) if call in features.calls), "")
-        if divided in features.two_faced and not any(call in whole for call in op.calls):
-            raise ValueError(
-                f"{features.calls[divided].name if divided else type(features.model).__name__!r} does something else "
-                "in training than in evaluation in its own forward, and a border runs through it: use modules there "
-                "(nn.Dropout instead of F.dropout), or give `granularity` as a list of names that does not cut it"
-            )
-    return whole
-
-
-def _nodes_in(value: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(value, lambda node: found.append(node))
-    return found
+def detached(value: Any) -> Any:
+    """A value without its graph; also of tensors inside lists, tuples and dicts."""
+    return fx.node.map_aggregate(value, lambda part: part.detach() if isinstance(part, Tensor) else part)
 
 
 def _body(
@@ -162,10 +181,15 @@ def _body(
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in inputs}
 
-    def make(node: fx.Node) -> fx.Node:
+    def make(node: fx.Node) -> Any:
         """The node in this graph; constants and weights are made where they are first needed."""
+        if node in features.facts:  # without the weight that it was read off, which may belong to another block
+            fact = features.facts[node]
+            of_input = made[inputs[0]]
+            return graph.call_function(getattr, (of_input, "device")) if isinstance(fact, torch.device) else fact
         if node not in made:
-            made[node] = graph.node_copy(node, make)
+            copy = graph.node_copy(node, make)
+            made[node] = _without_grad(graph, copy) if node.meta.get("without_grad") and node.op != "get_attr" else copy
         return made[node]
 
     called: set[str] = set()
@@ -178,26 +202,37 @@ def _body(
             call = whole[name]
             args, kwargs = fx.node.map_arg((call.args, call.kwargs), make)
             result = graph.call_module(call.name, args, kwargs)
-            _spread(graph, call.result, result, made)
+            _spread(graph, call.result, _without_grad(graph, result) if call.without_grad else result, made)
     graph.output(made[outputs[0]] if len(outputs) == 1 else tuple(made[node] for node in outputs))
     return graph
 
 
+def _without_grad(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """What the network computes under `torch.no_grad` passes no gradient on here either."""
+    return graph.call_function(detached, (node,))
+
+
 def _spread(graph: fx.Graph, value: Any, result: fx.Node, made: dict[fx.Node, fx.Node]) -> None:
-    """Note where the parts of what a module returned are to be found."""
+    """Note where the parts of what a module returned are to be found; what it only passed on is known already."""
     if isinstance(value, fx.Node):
-        made[value] = result
+        made.setdefault(value, result)
     elif isinstance(value, dict | list | tuple):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            if _nodes_in(part):
+            if nodes_in(part):
                 _spread(graph, part, graph.call_function(operator.getitem, (result, key)), made)
 
 
-def _name(features: Features, start: int, end: int) -> str:
-    """The outermost module that holds the layers of a block and no others, or the first and the last of several."""
-    layers = [i for i, op in enumerate(features.ops) if op.weights]
-    inside = [i for i in layers if start <= i < end]
-    for name in features.ops[inside[0]].path:
-        if [i for i in layers if name in features.ops[i].path] == inside:
-            return name
-    return f"{features.ops[inside[0]].module_name}...{features.ops[inside[-1]].module_name}"
+class _Names:
+    """Names for blocks: the outermost module that holds the layers of it and no others, or the first and the last."""
+
+    def __init__(self, features: Features) -> None:
+        self.ops = features.ops
+        self.layers = [i for i, op in enumerate(self.ops) if op.weights]
+        self.held = Counter(name for i in self.layers for name in self.ops[i].path)
+
+    def __call__(self, start: int, end: int) -> str:
+        inside = [self.ops[i] for i in self.layers[bisect_left(self.layers, start) : bisect_left(self.layers, end)]]
+        for name in inside[0].path:
+            if self.held[name] == len(inside) and all(name in op.path for op in inside):
+                return name
+        return f"{inside[0].module_name}...{inside[-1].module_name}"

@@ -4,15 +4,20 @@ A cut `p` lies before operation number `p`. Anchors are the runs of operations t
 unit: a layer with weights, a gate (squeeze-excite), a residual block. Between two anchors the cut goes where the
 nesting of modules is shallowest (a norm stays with the convolution of its own module), of these where the fewest
 tensors cross (a norm behind a shortcut goes with what follows), of these as late as possible (an activation or a
-pooling stays with the layer before it).
+pooling stays with the layer before it). A cut is only made where a tensor crosses that all layers of the unit before it
+lead to, so that a loss on it trains them all: parallel branches that have none stay together.
 """
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
-from torch import nn
+from torch import fx, nn
 
-from ff_lightning.partition.features import Features, Op
+from ff_lightning.partition.features import Features
+from ff_lightning.partition.ops import Op
+from ff_lightning.partition.trace import function_name
 from ff_lightning.suggest import unknown
 
 Span = tuple[int, int]  # operations start ... end - 1
@@ -22,7 +27,7 @@ def layer_cuts(features: Features) -> list[int]:
     """A unit for each convolution, linear or attention layer, with its norm and activation, and for each gate."""
     gates = _gates(features)
     inside_gate = {cut for start, end in gates for cut in range(start + 1, end)}
-    anchors = [*gates, *((i, i + 1) for i in _layers(features.ops) if not _covered(i, gates))]
+    anchors = [*gates, *_outside(features, gates)]
     allowed = set(range(len(features.ops))) - inside_gate
     return _between(features, sorted(anchors), allowed)
 
@@ -37,7 +42,7 @@ def block_cuts(features: Features) -> list[int]:
     targets = [str(op.node.target) for op in features.ops if op.weights and op.node.op == "call_module"]
     if not blocks and not any(list(modules[target].children()) for target in targets):
         return _resolution_cuts(features)
-    anchors = [*blocks, *((i, i + 1) for i in _layers(features.ops) if not _covered(i, blocks))]
+    anchors = [*blocks, *_outside(features, blocks)]
     inside = {cut for start, end in blocks for cut in range(start + 1, end)}
     return _between(features, sorted(anchors), set(_narrow(features)) - inside)
 
@@ -45,7 +50,12 @@ def block_cuts(features: Features) -> list[int]:
 def stage_cuts(features: Features) -> list[int]:
     """The block cuts at which the resolution of the maps changes."""
     cuts = block_cuts(features)
-    return _changes(cuts, [features.area(end) for end in [*cuts, len(features.ops)]])
+    return _changes(cuts, [features.area(node) for node in _maps(features, cuts)])
+
+
+def _maps(features: Features, cuts: Sequence[int]) -> list[fx.Node]:
+    """The tensors that cross narrow cuts, and the feature map."""
+    return [*(features.crossing(cut)[0] for cut in cuts), features.result]
 
 
 def _resolution_cuts(features: Features) -> list[int]:
@@ -55,8 +65,8 @@ def _resolution_cuts(features: Features) -> list[int]:
     """
     cuts = sorted(set(layer_cuts(features)) & set(_narrow(features)))
     layers = _layers(features.ops)
-    last_layers = [max(i for i in layers if i < end) for end in [*cuts, len(features.ops)]]
-    return _changes(cuts, [features.area(i + 1) for i in last_layers]) or cuts
+    last_layers = [layers[bisect_left(layers, end) - 1] for end in [*cuts, len(features.ops)]]
+    return _changes(cuts, [features.area(features.ops[i].node) for i in last_layers]) or cuts
 
 
 def _changes(cuts: Sequence[int], areas: Sequence[int]) -> list[int]:
@@ -64,24 +74,34 @@ def _changes(cuts: Sequence[int], areas: Sequence[int]) -> list[int]:
     return [cut for cut, (before, after) in zip(cuts, pairwise(areas), strict=True) if before != after]
 
 
-def balanced_cuts(cuts: Sequence[int], costs: Sequence[int], count: int) -> list[int]:
+def balanced_cuts(features: Features, cuts: Sequence[int], costs: Sequence[int], count: int) -> list[int]:
     """Those of the cuts that leave `count` units, the costliest of which costs as little as can be.
 
     Args:
+        features: What is cut.
         cuts: The cuts to choose from.
         costs: What the units between all of these cuts cost, one more than cuts.
         count: Number of units wanted.
+
+    Raises:
+        ValueError: If no choice leaves so many units that are trained as a whole.
     """
-    sums = [0, *accumulate(costs)]
+    sums, borders = [0, *accumulate(costs)], [0, *cuts, len(features.ops)]
+    narrow = [features.is_feature_map(border) for border in borders]
     best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0, [])}  # (units, costs taken) -> (worst, ends)
     for units in range(1, count + 1):
         for end in range(units, len(costs) - count + units + 1):
-            best[units, end] = min(
+            ways = [
                 (max(worst, sums[end] - sums[start]), [*ends, end])
                 for start in range(units - 1, end)
                 if (previous := best.get((units - 1, start))) is not None
+                and (narrow[end] or start == end - 1 or features.main(borders[start], borders[end]) is not None)
                 for worst, ends in [previous]
-            )
+            ]
+            if ways:
+                best[units, end] = min(ways)
+    if (count, len(costs)) not in best:
+        raise ValueError(f"granularity={count}: no {count} units of {type(features.model).__name__} learn as a whole")
     return [cuts[end - 1] for end in best[count, len(costs)][1][:-1]]
 
 
@@ -103,7 +123,9 @@ def named_cuts(features: Features, names: Sequence[str]) -> list[int]:
         inside = [i for i, op in enumerate(features.ops) if name in op.path]
         if not inside:
             raise ValueError(f"granularity: module {name!r} takes no part in the features of the network")
-        cuts.append(next(cut for cut in range(inside[-1] + 1, len(features.ops) + 1) if features.can_cut(cut)))
+        start = cuts[-1] if cuts else 0
+        places = range(max(inside[-1], start) + 1, len(features.ops))
+        cuts.append(next((cut for cut in places if features.main(start, cut) is not None), len(features.ops)))
     for name, start, end in zip(names, [0, *cuts], cuts, strict=False):
         if not _layers(features.ops[start:end]):
             raise ValueError(f"granularity={list(names)}: leave out {name!r}, the unit before its cut has no layer")
@@ -112,27 +134,40 @@ def named_cuts(features: Features, names: Sequence[str]) -> list[int]:
     return cuts
 
 
-def keep_shared_together(features: Features, cuts: Iterable[int]) -> list[int]:
-    """Without the cuts between two uses of the same parameters, under whatever names: each belongs to one unit."""
+def trainable(features: Features, cuts: Iterable[int]) -> list[int]:
+    """The cuts that leave no layer untrained, and each parameter in one unit.
+
+    Left out are those between two uses of the same parameters, under whatever names, and those behind a unit that
+    has no output that all of its layers lead to: it is joined with the next one.
+    """
     first: dict[int, int] = {}
-    joined: set[int] = set()
+    shared = [0] * (len(features.ops) + 1)  # +1 where a span begins that is not to be cut, -1 where it ends
     for i, op in enumerate(features.ops):
-        for state in op.state:
-            joined.update(range(first.setdefault(id(state), i) + 1, i + 1))
-    return [cut for cut in cuts if cut not in joined]
+        for parameter in (state for state in op.state if isinstance(state, nn.Parameter)):
+            start = first.setdefault(id(parameter), i)
+            shared[start + 1] += 1
+            shared[i + 1] -= 1
+    spans = list(accumulate(shared))
+    kept = [0]
+    for cut in cuts:
+        if spans[cut] == 0 and features.main(kept[-1], cut) is not None:
+            kept.append(cut)
+    return kept[1:]
 
 
 def _layers(ops: Sequence[Op]) -> list[int]:
     return [i for i, op in enumerate(ops) if op.weights]
 
 
-def _covered(i: int, spans: Sequence[Span]) -> bool:
-    return any(start <= i < end for start, end in spans)
+def _outside(features: Features, spans: Sequence[Span]) -> list[Span]:
+    """The layers that lie in none of the spans."""
+    covered = {i for start, end in spans for i in range(start, end)}
+    return [(i, i + 1) for i in _layers(features.ops) if i not in covered]
 
 
 def _narrow(features: Features) -> list[int]:
     """The cuts that a single tensor crosses."""
-    return [cut for cut in range(1, len(features.ops)) if len(features.crossing(cut)) == 1 and features.can_cut(cut)]
+    return [cut for cut in range(1, len(features.ops)) if features.is_feature_map(cut)]
 
 
 def _residual_blocks(features: Features) -> list[Span]:
@@ -144,6 +179,7 @@ def _residual_blocks(features: Features) -> list[Span]:
     """
     ops = features.ops
     modules = dict(features.model.named_modules())
+    wholes = set.intersection(*(set(op.path) for op in ops if op.weights))  # the network, not a block of it
     borders = [0, *_narrow(features), len(ops)]
     spans: list[Span] = []
     classes: set[type[nn.Module]] = set()
@@ -151,21 +187,16 @@ def _residual_blocks(features: Features) -> list[Span]:
         if end - start == 1 or not any(op.weights for op in ops[start:end]):
             continue
         spans.append((start, end))
-        holder = [name for name in _common(ops[start:end]) if not _is_whole(name, ops)]
+        holder = [name for name in _common(ops[start:end]) if name not in wholes]
         if holder and not isinstance(modules[holder[-1]], nn.Sequential):
             classes.add(type(modules[holder[-1]]))
     calls: dict[str, list[int]] = {}
     for i, op in enumerate(ops):
         for call, name in zip(op.calls, op.path, strict=True):
-            if type(modules[name]) in classes and not _is_whole(name, ops):
+            if type(modules[name]) in classes and name not in wholes:
                 calls.setdefault(call, []).append(i)
     spans.extend((inside[0], inside[-1] + 1) for inside in calls.values())
     return _merge(span for span in spans if any(op.weights for op in ops[span[0] : span[1]]))
-
-
-def _is_whole(name: str, ops: Sequence[Op]) -> bool:
-    """Whether all layers are in this module: it is the network, not a block of it."""
-    return all(name in op.path for op in ops if op.weights)
 
 
 def _common(ops: Sequence[Op]) -> list[str]:
@@ -183,36 +214,24 @@ def _gates(features: Features) -> list[Span]:
 
     They are not cut: a cut inside would train a pooled vector, not a map.
     """
-    index = {op.node: i for i, op in enumerate(features.ops)}
     spans = []
     for i, op in enumerate(features.ops):
-        factors = [index[node] for node in op.node.all_input_nodes if node in index]
-        if not _is_product(op) or len(factors) != 2:
+        factors = [features.index[node] for node in op.inputs if node in features.index]
+        if function_name(op.node).strip("_") not in ("mul", "imul", "multiply") or len(factors) != 2:
             continue
         shapes = [features.ops[f].shape for f in factors]
         if shapes[0] is None or shapes[1] is None or shapes[0] == shapes[1]:
             continue
-        whole, gate = sorted(factors, key=lambda f: _count(features.ops[f].shape), reverse=True)
+        whole, gate = sorted(factors, key=lambda f: math.prod(features.ops[f].shape or ()), reverse=True)
         branch, todo = set(), [gate]
         while todo:
             j = todo.pop()
             if j > whole and j not in branch:
                 branch.add(j)
-                todo.extend(index[node] for node in features.ops[j].node.all_input_nodes if node in index)
+                todo.extend(features.index[node] for node in features.ops[j].inputs if node in features.index)
         if any(features.ops[j].weights for j in branch):
             spans.append((min(branch), i + 1))
     return _merge(spans)
-
-
-def _is_product(op: Op) -> bool:
-    return str(getattr(op.node.target, "__name__", op.node.target)).strip("_") in ("mul", "imul", "multiply")
-
-
-def _count(shape: tuple[int, ...] | None) -> int:
-    total = 1
-    for extent in shape or ():
-        total *= extent
-    return total
 
 
 def _merge(spans: Iterable[Span]) -> list[Span]:
@@ -232,9 +251,15 @@ def _between(features: Features, anchors: Sequence[Span], allowed: set[int]) -> 
     def preference(cut: int) -> tuple[int, int, int]:
         return len(_common(features.ops[cut - 1 : cut + 1])), len(features.crossing(cut)), -cut
 
-    cuts = []
+    cuts = [0]
+    gap: list[int] = []  # the places between two anchors, from which the last cut was chosen
     for (_, end), (start, _) in pairwise(anchors):
-        places = [cut for cut in range(end, start + 1) if cut in allowed and features.can_cut(cut)]
-        if places:
-            cuts.append(min(places, key=preference))
-    return cuts
+        places = sorted((cut for cut in range(end, start + 1) if cut in allowed), key=preference)
+        ways = [(cuts[-1], place) for place in places]
+        # else the unit before may take what else would stand in the way, such as the norm of a parallel branch
+        ways += [(other, place) for other in gap if features.main(cuts[-2], other) is not None for place in places]
+        way = next((way for way in ways if features.main(*way) is not None), None)
+        if way is not None:
+            cuts[-1:] = way
+            gap = places
+    return cuts[1:]
