@@ -45,6 +45,9 @@ def _locked_part(path: Path) -> Iterator[Path]:
     """
     while True:
         part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+        if fcntl is None:  # an open file could not be renamed there
+            yield part
+            return
         with part.open("xb") as file:
             _lock(file, wait=True)
             if part.exists():
@@ -54,7 +57,7 @@ def _locked_part(path: Path) -> Iterator[Path]:
 
 def _remove_left_parts(folder: Path) -> None:
     """Remove the parts that nobody writes to any more; where files cannot be locked, they stay."""
-    for part in folder.glob("*.part"):
+    for part in folder.glob("*.part") if fcntl else ():
         if _PART.fullmatch(part.name):
             with contextlib.suppress(OSError), part.open("rb+") as file:  # it may be gone, or belong to someone else
                 if _lock(file, wait=False):
@@ -63,8 +66,6 @@ def _remove_left_parts(folder: Path) -> None:
 
 def _lock(file: IO[bytes], wait: bool) -> bool:
     """Whether this process could lock the file; it waits for that, or gives up at once."""
-    if fcntl is None:
-        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:  # another process has it, or the file system knows no locks

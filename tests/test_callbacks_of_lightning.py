@@ -183,7 +183,7 @@ def test_stochastic_averages_with_the_default_schedule(make_trainer, tmp_path):
     assert trainer.global_step == steps
 
 
-@pytest.mark.parametrize("optimization", ["manual", "automatic"])
+@pytest.mark.parametrize("optimization", ["manual", slow("automatic")])
 def test_weights_alone_are_saved_at_the_end_of_an_epoch_and_tested(optimization, make_trainer, tmp_path):
     weights = ModelCheckpoint(tmp_path, filename="weights", save_weights_only=True)
     model = make(optimization)
@@ -195,7 +195,7 @@ def test_weights_alone_are_saved_at_the_end_of_an_epoch_and_tested(optimization,
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("32", "16-mixed"), slow("16-mixed", "32"), slow("64-true", "32"), slow("32", "64-true")]
+    ("before", "after"), [slow("32", "16-mixed"), slow("16-mixed", "32"), slow("64-true", "32"), slow("32", "64-true")]
 )
 def test_another_precision_may_go_on(before, after, make_trainer, tmp_path):
     def settings(precision):

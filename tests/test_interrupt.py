@@ -14,6 +14,7 @@ from ff_lightning import SFF, data
 from ff_lightning.callbacks import LastCheckpoint
 from tests.conftest import small_net
 
+pytestmark = pytest.mark.slow  # test_signals.py has the same within one process
 EPOCHS, BATCHES = 3, 12
 FORK = multiprocessing.get_context("fork")  # a process with everything imported
 
@@ -83,13 +84,9 @@ def assert_same(folder, whole):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow)],
-    ids=["SIGTERM", "SIGINT (Ctrl-C)"],
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)], ids=["SIGTERM", "SIGINT (Ctrl-C)"]
 )
-@pytest.mark.parametrize(
-    "batch", [pytest.param(4, marks=pytest.mark.slow), 11, pytest.param(17, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("batch", [4, 11, 17])
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint(number, code, batch, whole, tmp_path):
     exitcode, seen = run(tmp_path, stop_at=batch, number=number, every=None)
     assert (exitcode, seen[-1]) == (code, batch), "stopped after this batch"
@@ -98,7 +95,6 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint(number, code, batch, wh
     assert_same(tmp_path, whole)
 
 
-@pytest.mark.slow
 def test_killed_at_twenty_random_moments(whole, tmp_path):
     dice = random.Random(0)
     for trial in range(20):

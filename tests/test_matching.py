@@ -326,13 +326,8 @@ def test_the_command_says_which_argument_differs(tmp_path, monkeypatch):
     quick += ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
     run("fit", *quick, "--trainer.max_epochs", 1)
     path = checkpoint(tmp_path)
-    for change, message in (
-        (["--model.optimizer", "SGD"], "optimizer='AdamW' there, 'SGD' here"),
-        (["--model.lr_scheduler", "constant"], "lr_scheduler='onecycle' there, 'constant' here"),
-        (["--model.optimization", "automatic"], "optimization='manual' there, 'automatic' here"),
-    ):
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
-            run("fit", *quick, "--ckpt_path", path, "--trainer.max_epochs", 2, *change)
+    with pytest.raises(SystemExit, match=r"error: .*optimizer='AdamW' there, 'SGD' here"):
+        run("fit", *quick, "--ckpt_path", path, "--trainer.max_epochs", 2, "--model.optimizer", "SGD")
     with pytest.raises(SystemExit, match=r"error: .*norm='layer' there, 'none' here"):
         run("test", "--ckpt_path", path, "--model.norm", "none")
     reordered = str([str(k) for k in reversed(range(10))]).replace("'", '"')

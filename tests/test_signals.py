@@ -136,11 +136,12 @@ def test_a_second_interrupt_while_a_checkpoint_is_written_leaves_the_one_before(
     assert_same(whole, fit(make_trainer, tmp_path, ckpt_path=path))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_in_a_window_of_accumulation_goes_on_in_it(number, make_trainer, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_a_stop_in_a_window_of_accumulation_goes_on_in_it(number, code, make_trainer, tmp_path):
     whole = fit(make_trainer, tmp_path / "whole", model=make(accumulate=3)).state_dict()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         fit(make_trainer, tmp_path, At(1, "middle", once(number)), model=make(accumulate=3), every=None)
+    assert stop.value.code == code
     path = tmp_path / "checkpoints" / "last.ckpt"
     assert torch.load(path, weights_only=True)["ff_lightning"]["gradients"]
     assert_same(whole, fit(make_trainer, tmp_path, model=make(accumulate=3), ckpt_path=path))

@@ -130,7 +130,7 @@ def check_something_ran(trainer: Trainer) -> None:
         )
 
 
-def check_strategy(strategy: Strategy, automatic: bool) -> None:
+def check_strategy(strategy: Strategy, automatic: bool = True) -> None:
     """Raise MisconfigurationException for a strategy that spreads the parameters themselves over devices.
 
     In manual optimization also for what belongs to the backward of DistributedDataParallel, which is not used there.
@@ -186,7 +186,7 @@ def check_schedules(schedulers: Iterable[Any], name: Any, wanted: int) -> None:
         if steps < wanted:
             raise ValueError(
                 f"lr_scheduler={name!r} of the checkpoint was made for {steps} steps, this run has {wanted}: resume "
-                "with the max_epochs and the accumulate of the first run, or start a new run with weights=FILE instead "
+                "with the max_epochs of the first run and its accumulate, or start a new run with weights=FILE instead "
                 "of ckpt_path=FILE"
             )
 
