@@ -552,6 +552,18 @@ def test_a_difference_in_the_classifier_alone_is_allowed():
     assert_exact(lambda: Drops(Noise(lambda self, x: x)), "layer")
 
 
+def test_an_auxiliary_head_in_training_alone_is_no_difference():
+    class Aux(Net):
+        def middle(self, x):
+            x = self.part(x + 1)
+            self.aux_logits = self.aux(x.mean((2, 3)) + 1) if self.training else None
+            return x + 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the head, and of the attribute
+        assert_exact(lambda: Aux(Noise(lambda self, x: x), aux=nn.Linear(4, 10)), "layer")
+
+
 def test_random_numbers_of_python_are_not_frozen_in_silence():
     class Numbers(nn.Module):
         def __init__(self, number):
@@ -661,6 +673,8 @@ def test_wrapped_networks():
         assert torch.equal(run(blocks, x), model.features(x))
     with pytest.raises(ValueError, match="scripted network cannot be cut"):
         partition(torch.jit.script(nn.Sequential(conv(3), nn.ReLU())), "layer", X)
+    compiled = Net(torch.compile(nn.Sequential(conv(), nn.ReLU()), backend="eager"))
+    assert [block.name for block in partition(compiled, "layer", X)] == ["stem", "part", "last"]
     scripted = Net(torch.jit.script(nn.Sequential(conv(), nn.ReLU())))
     assert [block.name for block in partition(scripted, "layer", X)] == ["stem", "part", "last"]
 
@@ -752,6 +766,58 @@ def test_the_network_comes_back_as_it_was():
     torch.save(model, io.BytesIO())
     model(torch.randn(2, 3, 8, 8))
     assert (model.calls, len(model.seen), int(model.count)) == (1, 1, 1)
+
+
+def test_counters_go_on_counting():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.calls = conv(), 0
+            self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+        def forward(self, x):
+            self.calls += 1
+            self.count += 1
+            return self.conv(x)
+
+    model = Net(Counts())
+    blocks = partition(model, "layer", X)
+    assert (model.part.calls, int(model.part.count)) == (0, 0), "tracing and the check do not count"
+    run(blocks, X)
+    assert (model.part.calls, int(model.part.count)) == (1, 1)
+
+
+def test_a_counter_of_the_network_itself_that_counts_in_training():
+    class Counts(Net):
+        def middle(self, x):
+            if self.training:
+                self.count += 1
+            return self.part(x)
+
+    model = Counts(conv())
+    model.register_buffer("count", torch.zeros((), dtype=torch.long))
+    with pytest.warns(UserWarning, match="whose forward sets 'count': the blocks do not"):
+        partition(model, "layer", X)
+    model(torch.randn(2, 3, 8, 8))
+    assert int(model.count) == 1
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.a, self.b, self.reentrant = conv(), conv(), reentrant
+
+        def forward(self, x):
+            return x + checkpoint(lambda y: self.b(self.a(y).relu()), x, use_reentrant=self.reentrant)
+
+    assert_exact(lambda: Net(Checkpointed(False)), "layer", count=4)
+    with pytest.raises(ValueError, match=r"its own unit does not reach 'part.a.weight', .* granularity='stage'"):
+        partition(Net(Checkpointed(True)), "block", X)  # it gives none where its input is detached
+    assert_exact(lambda: Net(Checkpointed(True)), "stage")
 
 
 def test_hooks_of_a_divided_module():

@@ -78,7 +78,8 @@ def trace_features(model: nn.Module, example: Tensor | None, snapshot: Snapshot)
         )
     kept = {*made_from([op.node for op in flow.ops[:end]], [feature_map], reader)}
     ops = tuple(op for op in flow.ops[:end] if op.node in kept)
-    two_faced = two_faced_calls(training.graph, graph, [feature_map, ops[-1].node], reader)
+    wanted = [*dict.fromkeys((feature_map, ops[-1].node))]
+    two_faced = two_faced_calls(training.graph, graph, wanted, reader)
     left_out, of_input = flow.ops[end:], frozenset(reader.of_input)
     facts = {node: fact for node, fact in reader.values.facts.items() if node not in of_input}
     return Features(model, ops, images, feature_map, example, left_out, evaluation.calls, two_faced, of_input, facts)

@@ -1,6 +1,7 @@
 """What a network does in training and what in evaluation, as far as its own code differs."""
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 from torch import fx
 
@@ -12,22 +13,50 @@ def two_faced_calls(
     training: fx.Graph, evaluation: fx.Graph, wanted: Sequence[fx.Node], reader: Reader
 ) -> frozenset[str]:
     """The calls of modules that do something else in training than in evaluation on the way to some values."""
-    twins = [_node_at(training, _place_in_call(evaluation, node)) for node in wanted]
-    own = []
-    for graph, results in ((training, [node for node in twins if node is not None]), (evaluation, wanted)):
-        nodes = list(graph.nodes)
-        end = max(map(nodes.index, results)) + 1 if len(results) == len(wanted) else len(nodes)
-        own.append(_own_operations(made_from(nodes[:end], results or nodes, reader)))
-    return frozenset(call for call in {*own[0], *own[1]} if own[0].get(call) != own[1].get(call))
+    ours = _way_to(evaluation, wanted, reader)
+    differing = _differing(ours, _own_operations(training.nodes))
+    for twins in product(*(_twins(training, node) for node in wanted)):
+        if differing:
+            differing = min(differing, _differing(ours, _way_to(training, twins, reader)), key=len)
+    return differing
 
 
-def made_from(nodes: Iterable[fx.Node], results: Iterable[fx.Node], reader: Reader) -> list[fx.Node]:
-    """The operations among the nodes that make some values, with assertions and changes in place, in order."""
+def _way_to(graph: fx.Graph, wanted: Sequence[fx.Node], reader: Reader) -> dict[str, list[str]]:
+    """The operations that lead to some values, by the call of the module that they stand in."""
+    nodes = list(graph.nodes)
+    end = max(map(nodes.index, wanted)) + 1
+    return _own_operations(made_from(nodes[:end], wanted, reader, with_state=False))
+
+
+def _twins(graph: fx.Graph, wanted: fx.Node) -> list[fx.Node]:
+    """The operations of the other graph that may be the same one: alike, in the same call of a module."""
+
+    def kind(node: fx.Node) -> tuple[str, str, object]:
+        return _innermost(node), node.op, node.target
+
+    return [node for node in reversed(graph.nodes) if kind(node) == kind(wanted)]
+
+
+def _differing(ours: dict[str, list[str]], theirs: dict[str, list[str]]) -> frozenset[str]:
+    return frozenset(call for call in {*ours, *theirs} if ours.get(call) != theirs.get(call))
+
+
+def made_from(
+    nodes: Iterable[fx.Node], results: Iterable[fx.Node], reader: Reader, with_state: bool = True
+) -> list[fx.Node]:
+    """The operations among the nodes that make some values, with assertions and changes in place, in order.
+
+    Args:
+        nodes: In the order in which they run.
+        results: The values.
+        reader: Of the network.
+        with_state: Whether to count changes of buffers too that do not lead to the values, such as a counter.
+    """
     found = {*results}
     needed = []
     for node in reversed(list(nodes)):
         changed = reader.changed_by(node)
-        of_a_module = changed is not None and changed.op == "get_attr"
+        of_a_module = with_state and changed is not None and changed.op == "get_attr"
         if node in found or changed in found or of_a_module or function_name(node) == "_assert":
             found.update((node, *node.all_input_nodes))
             needed.append(node)
@@ -67,16 +96,3 @@ def _own_operations(nodes: Iterable[fx.Node]) -> dict[str, list[str]]:
         places[node] = (caller, len(own[caller]))
         own[caller].append(f"{node.op} {node.target} {args}")
     return own
-
-
-def _place_in_call(graph: fx.Graph, wanted: fx.Node) -> tuple[str, int]:
-    """The call in which an operation stands, and the how many of its own operations it is."""
-    caller = _innermost(wanted)
-    own = [node for node in graph.nodes if node.op != "get_attr" and _innermost(node) == caller]
-    return caller, own.index(wanted)
-
-
-def _node_at(graph: fx.Graph, place: tuple[str, int]) -> fx.Node | None:
-    """The operation at such a place, if there is one."""
-    own = [node for node in graph.nodes if node.op != "get_attr" and _innermost(node) == place[0]]
-    return own[place[1]] if place[1] < len(own) else None
