@@ -7,6 +7,7 @@ from inspect import signature
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ff_lightning.suggest import closest, unknown
@@ -59,7 +60,7 @@ def check_number(
 
 def check_switch(argument: str, value: Any, optional: bool = False) -> None:
     """Raise ValueError unless a value is True or False (1 and 0 will do), or None where that is allowed."""
-    if not (optional and value is None) and not (isinstance(value, Integral) and value in (0, 1)):
+    if not (optional and value is None) and not (isinstance(value, Integral | np.bool_) and value in (0, 1)):
         raise ValueError(f"{argument}={shown(value)}: must be True or False{_or_none(optional)}")
 
 

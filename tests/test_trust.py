@@ -82,6 +82,8 @@ def forge(written, part=None, argument=None, value=None, drop=()):
         forged[part] = {**written[part], argument: value}
         for name in drop:
             forged[part].pop(name)
+        if part == MODEL:
+            forged["ff_lightning"] = {**written.get("ff_lightning", {}), "arguments": forged[part]}
     torch.save(forged, "forged.ckpt")
     return "forged.ckpt"
 
@@ -314,7 +316,7 @@ def test_a_checkpoint_at_a_url_is_read_without_its_code(written, place, served, 
     assert SFF.load_from_checkpoint(f"{url}/last.ckpt").hparams["lr"] == written[MODEL]["lr"]
     model = SFF(num_classes=10, input_shape=(1, 8, 8))
     make_trainer().test(model, digits, ckpt_path=f"{url}/last.ckpt")
-    with pytest.raises(SystemExit, match=r"evil\.ckpt' holds more than tensors and plain values"):
+    with pytest.raises(SystemExit, match=r"evil\.ckpt' is no checkpoint, or holds more than tensors and plain values"):
         run("test", "--ckpt_path", f"{url}/evil.ckpt", *QUIET)
     for load in (
         lambda: SFF.load_from_checkpoint(f"{url}/evil.ckpt"),

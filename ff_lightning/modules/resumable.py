@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from ff_lightning.checkpoints import WholeCheckpointIO
 from ff_lightning.modules import checks, matching, resume
-from ff_lightning.modules.plain import make_checkpoint_plain
+from ff_lightning.modules.plain import make_checkpoint_plain, make_plain
 from ff_lightning.modules.reporting import Reporting, not_finite
 
 _EXPECTED = (
@@ -58,11 +58,12 @@ class Resumable(Reporting):
         """Compare a checkpoint with the network, the data and the run, and say in one line where they differ."""
         saved = checkpoint.get("ff_lightning", {})
         arguments = saved.get("arguments", checkpoint.get("hyper_parameters", {}))
+        own = make_plain(self.hparams, strict=False)
         fitting = self._data is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            matching.check_same_run(arguments, self.hparams, checkpoint)
+            matching.check_same_run(arguments, own, checkpoint)
         checks.check_architecture(self.state_dict(), self.hparams, checkpoint)
-        matching.check_same_network(arguments, self.hparams)
+        matching.check_same_network(arguments, own)
         self.trained_on = saved.get("data") or (self._data if fitting else None) or {}
         if self._data is not None:  # else there is no Trainer yet
             matching.check_same_data(self.trained_on, self._data)
@@ -89,7 +90,9 @@ class Resumable(Reporting):
         if trainer.is_last_batch:  # the next one is the first of an epoch
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         checkpoint["ff_lightning"] = {
-            "arguments": {name: value for name, value in self.hparams.items() if not name.startswith("_")},
+            "arguments": make_plain(
+                {name: value for name, value in self.hparams.items() if not name.startswith("_")}, strict=False
+            ),
             "data": self.trained_on,
             "window": self._window,
             "frozen": [name for name, parameter in self.named_parameters() if not parameter.requires_grad],
