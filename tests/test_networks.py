@@ -60,9 +60,6 @@ FAST = (
     "efficientnet_b0",
     "shufflenet_v2_x1_0",
     "timm/vit_tiny_patch16_224",
-    "timm/repvgg_a0",
-    "headless/timm/vit_tiny_patch16_224",
-    "headless/swin_t",
 )
 CLASSIFIERS = {"classifier", "fc", "head", "heads", "head_dist", "last_linear", "aux1", "aux2", "AuxLogits"}
 

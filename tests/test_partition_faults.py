@@ -144,6 +144,13 @@ def test_a_residual_stack_is_not_a_classifier(make, granularity):
     assert "head" not in held
 
 
+def test_a_public_transformer_without_a_head():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=2)
+    names = [block.name for block in partition(model, "block", torch.zeros(1, 3, 32, 32))]
+    assert names == ["patch_embed", "blocks.0", "blocks.1"]
+
+
 def test_two_heads_that_are_averaged_are_a_classifier():
     class Distilled(Tokens):
         def __init__(self):
