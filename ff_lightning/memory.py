@@ -29,7 +29,7 @@ class Saved:
             self.now += size
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._remove, key, size)
-        return tensor
+        return tensor.detach()  # the tensor itself would keep its graph alive, which keeps what is saved here: for ever
 
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)

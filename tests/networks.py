@@ -31,8 +31,8 @@ def build(name):
         model = timm.create_model(name[5:], num_classes=0 if headless else 10)
         sizes = [64, 128, model.pretrained_cfg["input_size"][-1]]
     else:
-        arguments = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        arguments |= {"aux_logits": False} if name == "googlenet" else {}
+        with_heads = name in ("googlenet", "inception_v3")
+        arguments = {"init_weights": False, "aux_logits": False} if with_heads else {}
         arguments |= {"image_size": 32} if name.startswith("vit") else {}
         model = models.get_model(name, num_classes=10, **arguments)
         sizes = [32] if name.startswith("vit") else [64, 128, 224]

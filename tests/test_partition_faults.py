@@ -1,10 +1,12 @@
 """Never another network, never an untrained parameter, in silence; and the user's network comes back as it was."""
 
 import copy
+import gc
 import io
 import pickle
 import random
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -873,6 +875,15 @@ def test_running_statistics_are_not_moved():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     partition(model, "layer", X)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_nothing_is_kept_of_a_network_that_is_gone():
+    model = Net(nn.Sequential(conv(), nn.ReLU(), conv()))
+    blocks = partition(model, "layer", X)
+    alive = weakref.ref(model.stem.weight)
+    del model, blocks
+    gc.collect()
+    assert alive() is None
 
 
 def test_lazy_modules_take_their_shape_from_the_example():
