@@ -61,7 +61,7 @@ FAST = (
     "shufflenet_v2_x1_0",
     "timm/vit_tiny_patch16_224",
 )
-CLASSIFIERS = {"classifier", "fc", "head", "heads", "head_dist", "last_linear"}
+CLASSIFIERS = {"classifier", "fc", "head", "heads", "head_dist", "aux_head", "last_linear"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in ROWS])
