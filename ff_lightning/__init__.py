@@ -5,8 +5,8 @@ __version__ = "0.1.0"
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ff_lightning.goodness import GoodnessHead, PooledHead
-from ff_lightning.network import LocalNet
+from ff_lightning.heads import GoodnessHead, PooledHead
+from ff_lightning.local.net import LocalNet
 from ff_lightning.partition import partition
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from ff_lightning.arguments import check_path, check_shape
-from ff_lightning.files import check_sums
 from ff_lightning.partition.features import read_features
-from ff_lightning.suggest import unknown
+from ff_lightning.util.arguments import check_path, check_shape
+from ff_lightning.util.files import check_sums
+from ff_lightning.util.suggest import unknown
 
 log = logging.getLogger(__name__)
 

@@ -16,14 +16,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ff_lightning import __version__
-from ff_lightning.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
 from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint
-from ff_lightning.checkpoints import is_remote
-from ff_lightning.ckpt_path import find_checkpoint, read_checkpoint
-from ff_lightning.data.sheet import main as sheet
-from ff_lightning.goodness import GoodnessHead, PooledHead
+from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
+from ff_lightning.commands.ckpt_path import find_checkpoint, read_checkpoint
+from ff_lightning.commands.sheet import main as sheet
+from ff_lightning.heads import GoodnessHead, PooledHead
 from ff_lightning.modules import LocalLearner
-from ff_lightning.modules.trust import check_stored
+from ff_lightning.training.checkpoint_io import is_remote
+from ff_lightning.training.trust import check_stored
 
 _FROM_DATA = ("num_classes", "input_shape")
 

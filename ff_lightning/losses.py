@@ -6,7 +6,7 @@ Shapes: B batch, K classes.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ff_lightning.arguments import check_number
+from ff_lightning.util.arguments import check_number
 
 
 def logsumexp_loss(goodness: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:

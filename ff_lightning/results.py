@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ff_lightning.answers import PlainParser, as_path
-from ff_lightning.suggest import unknown
+from ff_lightning.commands.answers import PlainParser, as_path
+from ff_lightning.util.suggest import unknown
 
 METHODS = ("sff", "backprop")
 SETTINGS = "settings.yaml"

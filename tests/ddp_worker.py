@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ff_lightning import SFF, LocalNet, data
-from ff_lightning.goodness import GoodnessHead
+from ff_lightning.heads import GoodnessHead
 from tests.conftest import small_net
 
 SAMPLES, BATCH = 64, 4  # images; per process

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ff_lightning import SFF, results
 from ff_lightning.benchmark.__main__ import main as benchmark
-from ff_lightning.ckpt_path import find_checkpoint
 from ff_lightning.cli import main
+from ff_lightning.commands.ckpt_path import find_checkpoint
 from tests.test_cli import DIGITS, QUICK, ROOT, run
 
 SHORT = [*QUICK[:8], "--trainer.fast_dev_run", "1"]

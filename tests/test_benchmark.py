@@ -9,7 +9,7 @@ from ff_lightning.benchmark.__main__ import main
 from ff_lightning.benchmark.measure import Alive, Result, measure, ratio_of_times
 from ff_lightning.benchmark.report import print_table
 from ff_lightning.benchmark.variants import Settings, build
-from ff_lightning.memory import saved_for_backward
+from ff_lightning.util.memory import saved_for_backward
 
 SETTINGS = Settings("cnn", "standard", 10, 4, 16, "paper", 2, 2, "cpu", "32", False)
 
@@ -107,7 +107,7 @@ def test_bad_arguments_end_the_command_before_anything_is_measured(arguments, me
 def test_operations_of_own_functions_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ff_lightning.goodness import class_goodness
+    from ff_lightning.heads.squared import class_goodness
 
     features, weight = torch.randn(2, 8, 4, 4, requires_grad=True), torch.randn(3, 8, 1, 1, requires_grad=True)
     with FlopCounterMode(display=False) as counter:

@@ -19,8 +19,8 @@ from lightning.pytorch.tuner import Tuner
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from ff_lightning import SFF, data
-from ff_lightning.modules import checks
-from ff_lightning.modules.schedules import follow_first_group
+from ff_lightning.training import checks
+from ff_lightning.training.schedules import follow_first_group
 from tests.conftest import small_net
 
 BATCHES = 4

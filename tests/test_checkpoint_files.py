@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ff_lightning import SFF, Backprop, data
 from ff_lightning.callbacks import BestCheckpoint, LastCheckpoint
-from ff_lightning.checkpoints import WholeCheckpointIO
-from ff_lightning.files import whole
+from ff_lightning.training.checkpoint_io import WholeCheckpointIO
+from ff_lightning.util.files import whole
 from tests.conftest import make_trainer_in, small_net
 from tests.test_cli import run
 

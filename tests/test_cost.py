@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ff_lightning import LocalNet
-from ff_lightning.goodness import GoodnessHead, PooledHead, region_means
-from ff_lightning.gram import class_goodness
-from ff_lightning.memory import saved_for_backward
-from ff_lightning.network import normalise
+from ff_lightning.heads import GoodnessHead, PooledHead
+from ff_lightning.heads.gram import class_goodness
+from ff_lightning.heads.pooled import region_means
+from ff_lightning.local.net import normalise
+from ff_lightning.util.memory import saved_for_backward
 from tests.conftest import Residual, small_net
 
 # (K, C, H, W): few classes and many, channels and positions; by definition and by the Gram matrix

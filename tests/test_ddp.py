@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ff_lightning import SFF
-from ff_lightning.goodness import PooledHead
-from ff_lightning.modules import checks
+from ff_lightning.heads import PooledHead
+from ff_lightning.training import checks
 from tests import ddp_worker
 from tests.conftest import small_net
 

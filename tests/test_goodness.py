@@ -3,8 +3,9 @@ from functools import partial
 import pytest
 import torch
 
-from ff_lightning.goodness import GoodnessHead, PooledHead, class_goodness, make_head
-from ff_lightning.inference import depth_vote, last_vote, log_softmax_vote, mean_vote
+from ff_lightning.heads import GoodnessHead, PooledHead, make_head
+from ff_lightning.heads.squared import class_goodness
+from ff_lightning.local.votes import depth_vote, last_vote, log_softmax_vote, mean_vote
 from ff_lightning.losses import LogSumExpLoss, logsumexp_loss
 
 

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback
 
 from ff_lightning import SFF, Backprop, data
-from ff_lightning.goodness import GoodnessHead, PooledHead
-from ff_lightning.modules import matching
+from ff_lightning.heads import GoodnessHead, PooledHead
+from ff_lightning.training import matching
 from tests.conftest import make_trainer_in, small_net
 from tests.test_cli import checkpoint, run
 

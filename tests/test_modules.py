@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ff_lightning import SFF, Backprop, data
-from ff_lightning.goodness import GoodnessHead
+from ff_lightning.heads import GoodnessHead
 from tests.conftest import small_net
 
 METHODS = [SFF, Backprop]
@@ -305,7 +305,7 @@ def test_a_probe_trains_the_last_layer_alone(norm, make_trainer, digits):
 def test_hyperparameters_are_plain(make_trainer, digits, tmp_path):
     model = make(optimizer=partial(torch.optim.SGD, momentum=0.9), head=partial(GoodnessHead, depth=2), lr=0.1)
     assert model.hparams.optimizer == {"class_path": "torch.optim.sgd.SGD", "init_args": {"momentum": 0.9}}
-    assert model.hparams.head == {"class_path": "ff_lightning.goodness.GoodnessHead", "init_args": {"depth": 2}}
+    assert model.hparams.head == {"class_path": "ff_lightning.heads.squared.GoodnessHead", "init_args": {"depth": 2}}
     trainer = make_trainer(max_epochs=1)
     trainer.fit(model, digits)
     trainer.save_checkpoint(tmp_path / "model.ckpt")

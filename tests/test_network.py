@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ff_lightning import LocalNet
-from ff_lightning.goodness import GoodnessHead
-from ff_lightning.memory import saved_for_backward
+from ff_lightning.heads import GoodnessHead
+from ff_lightning.util.memory import saved_for_backward
 from tests.conftest import Residual, small_net
 
 X, Y = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 5])

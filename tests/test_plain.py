@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from ff_lightning import SFF, Backprop, GoodnessHead, data
-from ff_lightning.modules.plain import make_plain, to_plain
+from ff_lightning.training.plain import make_plain, to_plain
 from tests.conftest import small_net
 
 

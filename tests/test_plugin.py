@@ -12,8 +12,8 @@ from torch import multiprocessing, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ff_lightning import LocalNet
-from ff_lightning.distributed import Averaging
-from ff_lightning.goodness import GoodnessHead
+from ff_lightning.heads import GoodnessHead
+from ff_lightning.training.averaging import Averaging
 from tests.conftest import small_net
 
 BATCH, STEPS = 8, 4

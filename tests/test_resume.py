@@ -12,7 +12,7 @@ from torch import nn
 
 from ff_lightning import SFF, Backprop, data
 from ff_lightning.callbacks import GreedyBlocks
-from ff_lightning.checkpoints import WholeCheckpointIO
+from ff_lightning.training.checkpoint_io import WholeCheckpointIO
 from tests.conftest import small_net
 
 BATCHES = 5  # in an epoch

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ff_lightning import data
 from ff_lightning.cli import main
-from ff_lightning.data.sheet import GAP, TEXT, contact_sheet
+from ff_lightning.commands.sheet import GAP, TEXT, contact_sheet
 
 
 def test_sheet_from_the_command_line(tmp_path, image_folder, capsys):

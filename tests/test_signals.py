@@ -10,9 +10,10 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback
 
-from ff_lightning import SFF, checkpoints, data
+from ff_lightning import SFF, data
 from ff_lightning.callbacks import LastCheckpoint
-from ff_lightning.modules.lightning_private import cluster_environment
+from ff_lightning.training import checkpoint_io
+from ff_lightning.training.lightning_private import cluster_environment
 from tests.conftest import make_trainer_in, small_net
 
 BATCHES = 4
@@ -127,7 +128,7 @@ def test_a_second_interrupt_while_a_checkpoint_is_written_leaves_the_one_before(
         if len(saved) == 3:
             twice()
 
-    monkeypatch.setattr(checkpoints.torch, "save", slow)
+    monkeypatch.setattr(checkpoint_io.torch, "save", slow)
     with pytest.raises(SystemExit):
         fit(make_trainer, tmp_path)
     monkeypatch.undo()

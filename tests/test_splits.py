@@ -8,7 +8,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from ff_lightning import data
-from ff_lightning.data.sheet import counts
+from ff_lightning.commands.sheet import counts
 
 
 def ready(name="Digits", **arguments):

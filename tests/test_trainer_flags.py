@@ -26,7 +26,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from lightning.pytorch.tuner import Tuner
 
 from ff_lightning import SFF, data
-from ff_lightning.goodness import GoodnessHead
+from ff_lightning.heads import GoodnessHead
 from tests.conftest import small_net
 
 TABLE = Path(__file__).parents[1] / "docs" / "training.md"

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from ff_lightning import SFF, Backprop, LocalLearner, data
-from ff_lightning.modules.factories import to_factory
-from ff_lightning.modules.trust import check_stored
+from ff_lightning.training.factories import to_factory
+from ff_lightning.training.trust import check_stored
 from tests.test_cli import DIGITS, QUICK, checkpoint, run
 
 QUIET = [*QUICK[:8], "--trainer.logger", "false"]
@@ -284,7 +284,7 @@ def test_what_another_command_line_makes_of_a_class_is_stored():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*is not stored")
         model = parser.instantiate_classes(config).model
-    assert model.hparams["head"]["class_path"] == "ff_lightning.goodness.GoodnessHead"
+    assert model.hparams["head"]["class_path"] == "ff_lightning.heads.squared.GoodnessHead"
     assert model.hparams["head"]["init_args"]["depth"] == 0
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ff_lightning import SFF, Backprop, LocalNet, data
 from ff_lightning.backbones import load_weights
 from ff_lightning.callbacks import GreedyBlocks
-from ff_lightning.memory import saved_for_backward
+from ff_lightning.util.memory import saved_for_backward
 from tests.conftest import small_net
 
 SHAPE = {"num_classes": 10, "input_shape": (1, 8, 8)}

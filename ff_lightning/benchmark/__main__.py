@@ -12,12 +12,12 @@ from typing import get_args
 import torch
 from rich.console import Console
 
-from ff_lightning.answers import PlainParser, as_path
 from ff_lightning.backbones import Stem
 from ff_lightning.benchmark.measure import measure
 from ff_lightning.benchmark.report import Run, plot, print_table, write_json
 from ff_lightning.benchmark.variants import Settings, build
-from ff_lightning.goodness import HEADS
+from ff_lightning.commands.answers import PlainParser, as_path
+from ff_lightning.heads import HEADS
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ff_lightning.benchmark.variants import Settings, Variant, build
-from ff_lightning.memory import saved_for_backward
+from ff_lightning.util.memory import saved_for_backward
 
 
 class Alive(TorchDispatchMode):

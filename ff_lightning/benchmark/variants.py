@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from ff_lightning.backbones import Stem, build_backbone
-from ff_lightning.memory import saved_for_backward
-from ff_lightning.network import LocalNet
+from ff_lightning.local.net import LocalNet
 from ff_lightning.partition import Block, Granularity, State, partition
 from ff_lightning.partition.block import main_output
+from ff_lightning.util.memory import saved_for_backward
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ff_lightning.arguments import check_path, check_whole
-from ff_lightning.modules.lightning_private import cluster_environment
+from ff_lightning.training.lightning_private import cluster_environment
+from ff_lightning.util.arguments import check_path, check_whole
 
 
 class BestCheckpoint(ModelCheckpoint):

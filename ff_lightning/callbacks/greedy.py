@@ -4,9 +4,9 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ff_lightning.arguments import check_whole
+from ff_lightning.local.net import LocalNet
 from ff_lightning.modules.base import LocalLearner
-from ff_lightning.network import LocalNet
+from ff_lightning.util.arguments import check_whole
 
 
 class GreedyBlocks(Callback):

@@ -26,7 +26,6 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from torch.utils.data import Dataset
 
-from ff_lightning.arguments import check_keywords, check_number, check_path, check_switch, check_whole, shown
 from ff_lightning.data.augment import Crop
 from ff_lightning.data.cache import cached, name_of, user_folder
 from ff_lightning.data.loaders import BatchLoader, EpochSampler, Finish, ResumableLoader, Sample, Split
@@ -43,8 +42,9 @@ from ff_lightning.data.reading import (
     read_all,
 )
 from ff_lightning.data.splits import ValFrom, check_labels, class_numbers, renumber, split_off, take_subset
-from ff_lightning.modules.plain import store_arguments, to_plain
-from ff_lightning.modules.trust import SafeLoading
+from ff_lightning.training.plain import store_arguments, to_plain
+from ff_lightning.training.trust import SafeLoading
+from ff_lightning.util.arguments import check_keywords, check_number, check_path, check_switch, check_whole, shown
 
 log = logging.getLogger(__name__)
 

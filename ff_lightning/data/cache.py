@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ff_lightning.files import whole
+from ff_lightning.util.files import whole
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ff_lightning.arguments import check_whole
 from ff_lightning.data.base import ImageData
 from ff_lightning.data.digits import TensorImages
 from ff_lightning.data.loaders import Sample
+from ff_lightning.util.arguments import check_whole
 
 
 class FakeImages(ImageData):

@@ -4,8 +4,8 @@ from typing import Any
 
 from torchvision import datasets
 
-from ff_lightning.arguments import is_whole, shown
 from ff_lightning.data.download import BY_FLAG, DownloadedData
+from ff_lightning.util.arguments import is_whole, shown
 
 
 class SVHN(DownloadedData):

@@ -10,7 +10,7 @@ from sklearn.utils import resample
 
 from ff_lightning.data.listing import first_five
 from ff_lightning.data.reading import Numbers
-from ff_lightning.suggest import unknown
+from ff_lightning.util.suggest import unknown
 
 log = logging.getLogger(__name__)
 

@@ -6,14 +6,14 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ff_lightning.arguments import check_choice, check_granularity, check_number, check_switch
 from ff_lightning.backbones import Stem
+from ff_lightning.local.net import Norm, normalise
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.modules.base import LocalLearner
-from ff_lightning.modules.matching import classes_of_classifier
-from ff_lightning.network import Norm, normalise
 from ff_lightning.partition import Block, Granularity, State, partition
 from ff_lightning.partition.block import main_output
+from ff_lightning.training.matching import classes_of_classifier
+from ff_lightning.util.arguments import check_choice, check_granularity, check_number, check_switch
 
 
 class EndToEnd(nn.Module):

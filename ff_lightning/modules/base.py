@@ -25,15 +25,14 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ff_lightning.arguments import check_choice, check_keywords, check_network
 from ff_lightning.backbones import Stem, build_backbone
-from ff_lightning.distributed import Averaging
-from ff_lightning.modules import checks, recipe
-from ff_lightning.modules.batches import images_and_classes
-from ff_lightning.modules.factories import to_factory
-from ff_lightning.modules.plain import store_arguments, to_plain
-from ff_lightning.modules.resumable import Resumable
-from ff_lightning.modules.schedules import (
+from ff_lightning.training import checks, recipe
+from ff_lightning.training.averaging import Averaging
+from ff_lightning.training.batches import images_and_classes
+from ff_lightning.training.factories import to_factory
+from ff_lightning.training.plain import store_arguments, to_plain
+from ff_lightning.training.resumable import Resumable
+from ff_lightning.training.schedules import (
     Schedule,
     follow_first_group,
     make_scheduler,
@@ -41,7 +40,8 @@ from ff_lightning.modules.schedules import (
     step_epoch_scheduler,
     total_steps,
 )
-from ff_lightning.modules.trust import SafeLoading
+from ff_lightning.training.trust import SafeLoading
+from ff_lightning.util.arguments import check_choice, check_keywords, check_network
 
 
 class LocalLearner(SafeLoading, Resumable):

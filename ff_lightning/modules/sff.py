@@ -6,13 +6,13 @@ from typing import Any, Literal
 from torch import nn
 
 from ff_lightning.backbones import Stem
-from ff_lightning.goodness import HeadFactory
+from ff_lightning.heads import HeadFactory
+from ff_lightning.local.net import LocalNet, Norm
 from ff_lightning.losses import LogSumExpLoss
 from ff_lightning.modules.base import LocalLearner
-from ff_lightning.modules.factories import to_factory
-from ff_lightning.modules.plain import to_plain
-from ff_lightning.network import LocalNet, Norm
 from ff_lightning.partition import Granularity
+from ff_lightning.training.factories import to_factory
+from ff_lightning.training.plain import to_plain
 
 
 class SFF(LocalLearner):

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ff_lightning.arguments import check_granularity, check_network, shown
 from ff_lightning.partition.block import Block, State, build_blocks, take_modes
 from ff_lightning.partition.check import check
 from ff_lightning.partition.cuts import balanced_cuts, block_cuts, layer_cuts, named_cuts, stage_cuts, trainable
@@ -16,6 +15,7 @@ from ff_lightning.partition.shapes import materialised
 from ff_lightning.partition.trace import unwrapped
 from ff_lightning.partition.untouched import Snapshot, untouched
 from ff_lightning.partition.whole import CannotDivideError
+from ff_lightning.util.arguments import check_granularity, check_network, shown
 
 __all__ = ["Block", "Granularity", "State", "partition"]
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ff_lightning.memory import saved_for_backward
 from ff_lightning.partition.features import Features
 from ff_lightning.partition.ops import Op
 from ff_lightning.partition.trace import Call, evaluating
 from ff_lightning.partition.whole import nodes_in, undivided_calls
+from ff_lightning.util.memory import saved_for_backward
 
 State = Tensor | tuple[Any, ...]
 

@@ -18,7 +18,7 @@ from torch import fx, nn
 from ff_lightning.partition.features import Features
 from ff_lightning.partition.ops import Op
 from ff_lightning.partition.trace import function_name
-from ff_lightning.suggest import unknown
+from ff_lightning.util.suggest import unknown
 
 Span = tuple[int, int]  # operations start ... end - 1
 

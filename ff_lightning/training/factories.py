@@ -1,15 +1,15 @@
 """Optimizers, schedulers, heads and networks as arguments: from Python, from YAML and from a checkpoint.
 
 A checkpoint is read without running any code, so what is stored is always ``{class_path, init_args}``. That may come
-from a checkpoint of somebody else's: it is looked up by the rules for those, in `ff_lightning.modules.trust`.
+from a checkpoint of somebody else's: it is looked up by the rules for those, in `ff_lightning.training.trust`.
 """
 
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ff_lightning.modules.plain import NotPlainError, to_plain
-from ff_lightning.modules.trust import named_class
+from ff_lightning.training.plain import NotPlainError, to_plain
+from ff_lightning.training.trust import named_class
 
 
 def to_factory(argument: str, value: Any, kind: type) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from ff_lightning.answers import end, of_parser, subclasses
+from ff_lightning.commands.answers import end, of_parser, subclasses
 from ff_lightning.data.base import ImageData
 from ff_lightning.data.loaders import EpochSampler
 

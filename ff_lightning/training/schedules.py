@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from ff_lightning.modules.factories import to_factory
-from ff_lightning.modules.recipe import check_interval, make
+from ff_lightning.training.factories import to_factory
+from ff_lightning.training.recipe import check_interval, make
 
 Schedule = Literal["onecycle", "cosine", "constant"]
 

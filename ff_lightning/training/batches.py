@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ff_lightning.network import check_classes
+from ff_lightning.local.net import check_classes
 
 
 def images_and_classes(

@@ -19,8 +19,8 @@ from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
-from ff_lightning.modules.lightning_private import given_hyperparameters, hyperparameters_given, unwrapped
-from ff_lightning.modules.trust import is_nameable
+from ff_lightning.training.lightning_private import given_hyperparameters, hyperparameters_given, unwrapped
+from ff_lightning.training.trust import is_nameable
 
 _SCALARS: tuple[tuple[Any, Any], ...] = (
     (bool, bool), (int, int), (float, float), (complex, complex), (bytes | bytearray, bytes),

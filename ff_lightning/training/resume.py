@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationSche
 from torch import nn
 
 from ff_lightning.data.loaders import EpochSampler, ResumableLoader
-from ff_lightning.distributed import Averaging
+from ff_lightning.training.averaging import Averaging
 
 
 def restore_window(trainer: Trainer, window: int, waiting: bool) -> None:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ff_lightning.checkpoints import check_whole, fetched, read
-from ff_lightning.modules.lightning_private import INSTANTIATOR, hyperparameters_given, restricted_classmethod
+from ff_lightning.training.checkpoint_io import check_whole, fetched, read
+from ff_lightning.training.lightning_private import INSTANTIATOR, hyperparameters_given, restricted_classmethod
 
 PACKAGES = ("torch", "torchvision", "lightning", "ff_lightning")
 """Their modules are imported where a checkpoint names one of their classes."""

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from ff_lightning.files import check_sums, whole
+from ff_lightning.util.files import check_sums, whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

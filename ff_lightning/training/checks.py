@@ -17,10 +17,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from ff_lightning.arguments import check_choice, check_number, check_shape, check_switch, check_whole
-from ff_lightning.modules.lightning_private import ddp_settings
-from ff_lightning.modules.recipe import check_optimizer, check_scheduler
-from ff_lightning.modules.schedules import Schedule
+from ff_lightning.training.lightning_private import ddp_settings
+from ff_lightning.training.recipe import check_optimizer, check_scheduler
+from ff_lightning.training.schedules import Schedule
+from ff_lightning.util.arguments import check_choice, check_number, check_shape, check_switch, check_whole
 
 MEMORY_FORMATS: dict[str | None, torch.memory_format] = {
     None: torch.preserve_format,

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from ff_lightning.distributed import broadcast_buffers
-from ff_lightning.modules.batches import images_and_classes, images_of
-from ff_lightning.modules.metrics import BlockLosses, BlockScores
+from ff_lightning.training.averaging import broadcast_buffers
+from ff_lightning.training.batches import images_and_classes, images_of
+from ff_lightning.training.metrics import BlockLosses, BlockScores
 
 
 class Reporting(LightningModule):

@@ -7,10 +7,10 @@ from typing import Any
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
-from ff_lightning.checkpoints import WholeCheckpointIO
-from ff_lightning.modules import checks, matching, resume
-from ff_lightning.modules.plain import make_checkpoint_plain, make_plain
-from ff_lightning.modules.reporting import Reporting, not_finite
+from ff_lightning.training import checks, matching, resume
+from ff_lightning.training.checkpoint_io import WholeCheckpointIO
+from ff_lightning.training.plain import make_checkpoint_plain, make_plain
+from ff_lightning.training.reporting import Reporting, not_finite
 
 _EXPECTED = (
     "It is recommended to use .self.log",  # figures are the same on all processes before they are logged
@@ -23,7 +23,7 @@ class Resumable(Reporting):
     """A model whose checkpoints say what it is and what it was trained on, and which goes on where a run stopped.
 
     Attributes:
-        trained_on: What the data that it was trained on say of themselves; see `ff_lightning.modules.matching`.
+        trained_on: What the data that it was trained on say of themselves; see `ff_lightning.training.matching`.
     """
 
     accumulate: int

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from ff_lightning.goodness import HEADS
-from ff_lightning.modules.plain import make_plain
+from ff_lightning.heads import HEADS
+from ff_lightning.training.plain import make_plain
 
 COMPUTING = ("backbone", "stem", "num_classes", "input_shape", "granularity", "head", "norm")
 """Arguments that change what the network computes: they must be those of the checkpoint."""

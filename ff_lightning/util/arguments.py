@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ff_lightning.suggest import closest, unknown
+from ff_lightning.util.suggest import closest, unknown
 
 
 def shown(value: object) -> str:

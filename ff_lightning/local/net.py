@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ff_lightning.arguments import (
+from ff_lightning.heads import HEADS, HeadFactory, check_head, make_head
+from ff_lightning.local.votes import VOTES
+from ff_lightning.losses import LogSumExpLoss
+from ff_lightning.partition import Block, Granularity, State, partition
+from ff_lightning.partition.block import main_output
+from ff_lightning.partition.trace import evaluating
+from ff_lightning.util.arguments import (
     check_blocks,
     check_choice,
     check_loss,
@@ -25,13 +31,7 @@ from ff_lightning.arguments import (
     is_whole,
     shown,
 )
-from ff_lightning.goodness import HEADS, HeadFactory, check_head, make_head
-from ff_lightning.inference import VOTES
-from ff_lightning.losses import LogSumExpLoss
-from ff_lightning.partition import Block, Granularity, State, partition
-from ff_lightning.partition.block import main_output
-from ff_lightning.partition.trace import evaluating
-from ff_lightning.suggest import unknown
+from ff_lightning.util.suggest import unknown
 
 Norm = Literal["layer", "channel", "length", "none"]
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from ff_lightning.suggest import closest
+from ff_lightning.util.suggest import closest
 
 _REFUSALS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
 _OF_FILES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,

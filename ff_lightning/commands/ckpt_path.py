@@ -5,7 +5,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from ff_lightning.checkpoints import check_whole, fetched, is_remote, read
+from ff_lightning.training.checkpoint_io import check_whole, fetched, is_remote, read
 
 
 def find_checkpoint(which: str, root: str | None, dirpath: str | None) -> str:

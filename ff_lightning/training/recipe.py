@@ -8,9 +8,9 @@ from typing import Any
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ff_lightning.arguments import check_choice
-from ff_lightning.modules.factories import to_factory
-from ff_lightning.suggest import closest
+from ff_lightning.training.factories import to_factory
+from ff_lightning.util.arguments import check_choice
+from ff_lightning.util.suggest import closest
 
 
 def check_optimizer(optimizer: Any, lr: float | None, optimization: str) -> None:

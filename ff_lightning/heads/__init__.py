@@ -1,0 +1,7 @@
+"""Heads: from the features of a block to the goodness of each class."""
+
+from ff_lightning.heads.factory import HEADS, HeadFactory, check_head, make_head
+from ff_lightning.heads.pooled import PooledHead
+from ff_lightning.heads.squared import GoodnessHead
+
+__all__ = ["HEADS", "GoodnessHead", "HeadFactory", "PooledHead", "check_head", "make_head"]

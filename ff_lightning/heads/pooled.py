@@ -1,0 +1,98 @@
+"""Class kernels over the regions of a map: heads that cost next to nothing.
+
+Shapes: B batch, C channels, H x W positions, K classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ff_lightning.heads.layers import check_head_sizes, convolution
+from ff_lightning.util.arguments import check_whole, is_whole, shown
+
+
+class PooledHead(nn.Module):
+    """A head that costs next to nothing: class kernels that cover a whole map, after it was averaged over regions.
+
+    The features are averaged over ``regions x regions`` parts of the map and normalised over all features of an image,
+    and a kernel for each class weighs every channel in every region, behind a layer (convolution, batch norm, ReLU)
+    where that is asked for or makes the head smaller. The goodness of a class is the activity of its kernel, which has
+    one position, so that there is nothing to average; it is not squared: evidence against a class counts as well.
+
+    Args:
+        in_channels: C, channels of the block's features.
+        num_classes: K.
+        regions: Along each side of the map. None: 4, or 2 for more than 100 classes: their kernels would else outweigh
+            the network itself.
+        width: Channels of the layer. None: C, 128 at most, where a layer of 3x3 kernels is asked for or a layer leaves
+            the head with fewer weights, as it does for many channels and classes; else there is no layer.
+        kernel_size: Of the layer, in regions: 1 or 3.
+        size: H x W of the features; where that is less than `regions`, there are fewer. None: it is not less.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        regions: int | None = None,
+        width: int | None = None,
+        kernel_size: int = 1,
+        size: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        check_head_sizes(in_channels, num_classes, width, kernel_size, (1, 3))
+        check_whole("regions", regions, optional=True)
+        regions = regions if regions is not None else 4 if num_classes <= 100 else 2
+        if size is not None and not (
+            isinstance(size, Sequence) and len(size) == 2 and all(is_whole(n) and n for n in size)
+        ):
+            raise ValueError(f"size={shown(size)}: must be (H, W) of the features, or None")
+        rows, columns = size if size is not None else (regions, regions)
+        self.regions = min(regions, rows), min(regions, columns)
+        of_a_channel = self.regions[0] * self.regions[1] * num_classes  # weights of the class kernels
+        narrow = min(in_channels, 128)
+        if width is None and (kernel_size > 1 or narrow * (in_channels + of_a_channel) < in_channels * of_a_channel):
+            width = narrow
+        self.features = nn.Sequential(*(convolution(in_channels, width, kernel_size) if width else []))
+        # a kernel that covers the whole map is a linear layer, which costs a fraction of the convolution on a CPU
+        self.classes = nn.Linear((width or in_channels) * self.regions[0] * self.regions[1], num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Goodness of each class.
+
+        Args:
+            features: (B, C, H, W), any floating dtype.
+
+        Returns:
+            (B, K), float32.
+        """
+        means = region_means(features, self.regions)
+        activity: Tensor = self.classes(self.features(F.layer_norm(means, means.shape[1:])).flatten(1))
+        return activity.float()
+
+
+def region_means(features: Tensor, regions: tuple[int, int]) -> Tensor:
+    """Mean over regions, as `adaptive_avg_pool2d` draws them: (B, C, H, W) -> (B, C, *regions).
+
+    On a CPU, half its time or less: large regions are summed line by line, small ones by one matrix product.
+    """
+    size = tuple(features.shape[2:])
+    if size == regions:
+        return features
+    if features.device.type != "cpu" or not features.is_contiguous():
+        return F.adaptive_avg_pool2d(features, regions)
+    (lines, no_line), (width, no_column) = (divmod(side, part) for side, part in zip(size, regions, strict=True))
+    if width >= 8 and no_line == no_column == 0:
+        return features.unflatten(2, (-1, lines)).mean(3).unflatten(3, (-1, width)).mean(4)
+    return (features.flatten(2) @ _shares(size, regions).to(features.dtype)).unflatten(2, regions)
+
+
+def _shares(size: Sequence[int], regions: Sequence[int]) -> Tensor:
+    """The share of each position in the mean over each region, (H W, number of regions)."""
+    rows, columns = (F.adaptive_avg_pool1d(torch.eye(side), part) for side, part in zip(size, regions, strict=True))
+    return torch.kron(rows, columns)

@@ -1,0 +1,1 @@
+"""Blocks, their local losses and their votes, in plain PyTorch."""

@@ -1,0 +1,1 @@
+"""What stands around the training loop: optimizers, checkpoints, checks, resumed runs."""
