@@ -158,12 +158,11 @@ def _arguments(model: nn.Module, example: Any) -> dict[str, Tensor]:
     parameters = signature(model.forward).parameters
     in_order = [name for name, parameter in parameters.items() if parameter.kind in _POSITIONAL]
     given = _named(example, in_order)
-    for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"example: {name}={shown(value)}: must be an input batch: a tensor, a tuple of tensors, or a dict of "
-                "tensors by the names of the arguments of forward"
-            )
+    if not given or not all(isinstance(value, Tensor) for value in given.values()):
+        raise ValueError(
+            f"example={shown(example)}: must be an input batch: a tensor, a tuple of tensors, or a dict of tensors by "
+            "the names of the arguments of forward"
+        )
     kinds = {parameter.kind for parameter in parameters.values()}
     if isinstance(example, Mapping):
         unknown = [] if Parameter.VAR_KEYWORD in kinds else [name for name in given if name not in parameters]
@@ -172,9 +171,8 @@ def _arguments(model: nn.Module, example: Any) -> dict[str, Tensor]:
     else:
         unknown = [] if Parameter.VAR_POSITIONAL in kinds else [*given][len(in_order) :]
     title = f"{type(model).__name__}.forward"
-    if unknown or not given:
-        wrong = unknown[0] if unknown else "nothing"
-        raise ValueError(f"example: {title} takes {[*parameters]}, not {wrong}{closest(wrong, parameters)}")
+    if unknown:
+        raise ValueError(f"example: {title} takes {[*parameters]}, not {unknown[0]}{closest(unknown[0], parameters)}")
     single = (*_POSITIONAL, Parameter.KEYWORD_ONLY)
     needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind in single]
     if any(name not in given for name in needed):
