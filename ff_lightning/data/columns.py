@@ -74,6 +74,8 @@ def is_number(value: Any) -> bool:
 
 def missing_in(column: Column) -> Column:
     """Which values are missing, (N,)."""
+    if _finite(column) is not None:
+        return np.zeros(len(column), bool)
     return np.isnan(column) if column.dtype.kind == "f" else np.array([is_missing(value) for value in column], bool)
 
 
@@ -83,10 +85,9 @@ def numbers_of(column: Column, place: Callable[[int], str]) -> Column:
     Raises:
         ValueError: If one is not a finite number; `place` says where it is.
     """
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        found = column.astype(np.float64)
-        if np.isfinite(found).all():
-            return found
+    numbers = _finite(column)
+    if numbers is not None:
+        return numbers
     found = np.empty(len(column))
     for row, value in enumerate(column):
         try:
@@ -200,7 +201,13 @@ class TableEncoder:
 
 def _mostly_numbers(values: Column) -> bool:
     """Whether more than half of some values are numbers."""
+    return _finite(values) is not None or sum(map(is_number, values)) > len(values) / 2
+
+
+def _finite(column: Column) -> Column | None:
+    """The values as numbers, if each of them is one: much faster than one by one."""
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        values.astype(np.float64)
-        return True
-    return sum(map(is_number, values)) > len(values) / 2
+        numbers = column.astype(np.float64)
+        if np.isfinite(numbers).all():
+            return numbers
+    return None
