@@ -1,6 +1,7 @@
 """Runs a network's own forward up to the last of some of its modules, and stops at the output of each of them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -76,22 +77,29 @@ def _place(k: int, done: int, borders: Sequence[str]) -> str:
 
 def _main(output: Any, name: str) -> Tensor:
     """The first floating tensor."""
-    found: list[Tensor] = []
-    _mapped(output, lambda tensor: found.append(tensor) or tensor if tensor.is_floating_point() else tensor)
-    if not found or found[0].ndim < 2:
+    found = next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
+    if found is None or found.ndim < 2:
         raise ValueError(f"{name!r} returns no batch of features: a border must be at a module that does")
-    return found[0]
+    return found
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a value, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """A value of the same structure, with another tensor in the place of each."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, Mapping):
-        copy = value.copy()  # type: ignore[attr-defined]  # a dict, or an output class of transformers
+    if isinstance(value, MutableMapping):
+        changed = copy.copy(value)  # a dict, or an output class of transformers
         for key, part in value.items():
-            copy[key] = _mapped(part, function)
-        return copy
+            changed[key] = _mapped(part, function)
+        return changed
     if isinstance(value, tuple | list):
         parts = [_mapped(part, function) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
