@@ -37,10 +37,13 @@ def normalise(h: Tensor, norm: Norm, channel_dim: int) -> Tensor:
     return h
 
 
-def run_block(block: Block, state: State, norm: Norm, detach: bool, for_head: bool) -> tuple[State, Tensor]:
+def run_block(
+    number: int, block: Block, state: State, norm: Norm, detach: bool, for_head: bool
+) -> tuple[State, Tensor]:
     """Run a block.
 
     Args:
+        number: Of the block, for errors.
         block: The block.
         state: What the block before it handed on.
         norm: Between the blocks.
@@ -56,7 +59,7 @@ def run_block(block: Block, state: State, norm: Norm, detach: bool, for_head: bo
     try:
         out = block(state)
     except ValueError as error:
-        raise ValueError(f"{block.name}, batch of {len(main_output(state))}: {error}") from error
+        raise ValueError(f"block {number} ({block.name}), batch of {len(main_output(state))}: {error}") from error
     rest = out[1:] if isinstance(out, tuple) else ()
     main = main_output(out)
     if for_head:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class LocalNet(nn.Module):
     ) -> None:
         super().__init__()
         check_network("model", model)
-        check_whole("num_classes", num_classes)
+        check_whole("num_classes", num_classes, least=2 if loss is None or isinstance(loss, str) else 1)
         check_choice("norm", norm, get_args(Norm))
         check_choice("vote", vote, VOTES)
         check_head(head)
@@ -137,9 +137,10 @@ class LocalNet(nn.Module):
             self.objectives.append(make_objective(self.loss_factory, place).to(like.device, like.dtype))
 
     @property
-    def heads(self) -> list[nn.Module]:
-        """The head of each block that has one."""
-        return [objective.head for objective in self.objectives if isinstance(objective.head, nn.Module)]
+    def heads(self) -> nn.ModuleList:
+        """The head of each block whose objective has one."""
+        heads = (getattr(objective, "head", None) for objective in self.objectives)
+        return nn.ModuleList(head for head in heads if head is not None)
 
     def units(self) -> dict[str, tuple[nn.Module, nn.Module]]:
         """Block and objective of each unit of training, by the name of the block."""
@@ -181,8 +182,8 @@ class LocalNet(nn.Module):
         like = next(self.parameters(), torch.zeros(0))
         with evaluating(self):
             state: State = torch.zeros(1, *self.input_shape, device=like.device, dtype=like.dtype)
-            for block in cast(Iterable[Block], self.blocks):
-                state, _ = run_block(block, state, self.norm, detach=True, for_head=False)
+            for k, block in enumerate(cast(Iterable[Block], self.blocks)):
+                state, _ = run_block(k, block, state, self.norm, detach=True, for_head=False)
         added = partition(nn.Sequential(OrderedDict([(name, model)])), granularity, main_output(state))
         first = len(self.blocks)
         self.blocks.extend(added)
@@ -218,16 +219,20 @@ class LocalNet(nn.Module):
         """
         return copy.deepcopy(self).eval().requires_grad_(False)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Which blocks are trained and vote, and where the borders lie."""
-        voters = None if self.voters is None else sorted(self.voters)
-        return {"trained": sorted(self.trained), "voters": voters, "passes": self.passes}
+    def get_extra_state(self) -> Tensor:
+        """Passes so far, and for each block whether it is trained and whether it votes (2: all do), (1 + 2 L,)."""
+        blocks = range(len(self.blocks))
+        votes = [2 if self.voters is None else int(k in self.voters) for k in blocks]
+        return torch.tensor(
+            [self.passes, *(int(k in self.trained) for k in blocks), *votes]
+        )  # many take it for weights
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Take over what `get_extra_state` gave."""
-        self.trained = frozenset(state["trained"])
-        self.voters = None if state["voters"] is None else frozenset(state["voters"])
-        self.passes = state["passes"]
+        self.passes, *flags = state.tolist()
+        trained, votes = flags[: len(self.blocks)], flags[len(self.blocks) :]
+        self.trained = frozenset(k for k, flag in enumerate(trained) if flag)
+        self.voters = None if 2 in votes else frozenset(k for k, flag in enumerate(votes) if flag)
 
     # ------------------------------------------------------------------------------------------------------ the passes
 
@@ -256,7 +261,9 @@ class LocalNet(nn.Module):
         Raises:
             ValueError: As `local_features`.
         """
-        for k, features in enumerate(self._pass(x, range(len(self.blocks)))):
+        passing = self._pass(x, range(len(self.blocks)))
+        for k in range(len(self.blocks)):
+            features = next(passing)
             with self._mode_of(k):
                 goodness = self.objectives[k](features)
             del features  # the output of this block is not to be alive while the next one runs
@@ -269,7 +276,7 @@ class LocalNet(nn.Module):
         state: State = x
         for k, block in enumerate(self.blocks):
             with self._mode_of(k):
-                state, features = run_block(cast(Block, block), state, self.norm, k in borders, for_head)
+                state, features = run_block(k, cast(Block, block), state, self.norm, k in borders, for_head)
             yield features
             del features
 
@@ -285,16 +292,15 @@ class LocalNet(nn.Module):
         self._check_target(y)
         borders = self._borders()
         self.passes += torch.is_grad_enabled()
-        for k, features in enumerate(self._pass(x, borders)):
-            objective = cast(Objective, self.objectives[k])
+        passing = self._pass(x, borders)
+        for k in range(max(self.trained) + 1):
+            features = next(passing)
             with self._mode_of(k):
-                loss, scores = objective.loss_and_scores(features, y)
-            del features
+                loss, scores = cast(Objective, self.objectives[k]).loss_and_scores(features, y)
+            del features  # the output of this block is not to be alive while the next one runs
             if see is not None and scores is not None:
                 see(k, scores.detach())
             yield checked_loss(loss, cast(str, self.blocks[k].name)), k in borders
-            if k == max(self.trained):
-                return
 
     def _borders(self) -> set[int]:
         """The blocks behind which the next pass is cut."""

@@ -99,7 +99,7 @@ class Backprop(LocalLearner):
 
     def local_updates(self, batch: Any) -> Iterator[Update]:
         """The one update of the network."""
-        inputs, target = self.inputs_and_target(batch, training=True)
+        inputs, target = self.inputs_and_target(batch)
         scores = self.net(*inputs)
         loss = self.criterion(scores, target)
         self.report_scores(scores.detach()[None], target)

@@ -97,7 +97,7 @@ class SFF(LocalLearner):
 
     def local_updates(self, batch: Any) -> Iterator[Update]:
         """The updates of the blocks, from the input on."""
-        inputs, target = self.inputs_and_target(batch, training=True)
+        inputs, target = self.inputs_and_target(batch)
         scores: list[Tensor] = []
         yield from self.net.updates(inputs[0], target, lambda k, of_block: scores.append(of_block))
         if len(scores) == len(self.net.blocks):

@@ -79,17 +79,20 @@ class Reporting(KeepsHooks, LightningModule):
 
     # --------------------------------------------------------------------------------------------------------- batches
 
-    def inputs_and_target(self, batch: Any, training: bool, look: bool = False) -> tuple[Inputs, Any]:
+    def inputs_and_target(self, batch: Any, training: bool = True, look: bool | None = None) -> tuple[Inputs, Any]:
         """The parts of a batch, checked.
 
         Args:
             batch: What a loader gave.
             training: Whether it is trained on.
-            look: Whether to look at the values also where that waits for a device.
+            look: Whether to look at the values also where that waits for a device; None: in the first batch of an epoch
+                of training.
 
         Raises:
             ValueError: If the batch fits neither the network nor the task.
         """
+        if look is None:
+            look = self.trainer.fit_loop.batch_idx == 0
         inputs, target = self.split(batch)
         samples = check_inputs(inputs, self.input_shape)
         if not isinstance(self.task, Unlabelled):
