@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from ff_lightning import data
-from ff_lightning.data.augment import augment, crop_box, draws_of_epoch, resized, shifted
-from ff_lightning.data.loaders import Finish
-from ff_lightning.data.reading import to_pixels
+from ff_lightning.data.images.augment import augment, crop_box, draws_of_epoch, resized, shifted
+from ff_lightning.data.images.reading import to_pixels
+from ff_lightning.data.images.split import Finish
 
 
 @pytest.fixture

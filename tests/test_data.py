@@ -127,7 +127,7 @@ def test_augmentation_changes_training_images_only(image_folder):
             loader.sampler.set_epoch(epoch)
             ((images, labels),) = loader
             order = torch.tensor([index for _, index in list(loader.sampler)]).argsort()
-            assert torch.equal(labels[order], module.train_set.labels)
+            assert torch.equal(labels[order], module.train_set.targets)
             batches.setdefault((augment, epoch), images[order])
             assert torch.equal(batches[augment, epoch], images[order]), "same epoch, same images"
         batches[augment, "val"] = all_of(module.val_dataloader())[0]
@@ -160,7 +160,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 def test_a_class_too_small_to_be_split(image_folder):
     module = data.ImageFolder(str(image_folder(("train",), count=1)), num_workers=0)
-    with pytest.raises(ValueError, match=r"val_fraction=0.1 of 2 training images"):
+    with pytest.raises(ValueError, match=r"val_fraction=0.1 of 2 training samples"):
         module.setup("fit")
 
 
@@ -293,9 +293,9 @@ def test_more_processes_than_images(image_folder):
     module = data.ImageFolder(str(image_folder()), batch_size=4, num_workers=0)
     module.setup("fit")
     module.trainer = types.SimpleNamespace(world_size=50, global_rank=0)
-    with pytest.raises(ValueError, match="20 images for training on 50 processes"):
+    with pytest.raises(ValueError, match="20 samples for training on 50 processes"):
         module.train_dataloader()
-    with pytest.raises(ValueError, match="20 images for evaluation on 50 processes"):
+    with pytest.raises(ValueError, match="20 samples for evaluation on 50 processes"):
         module.val_dataloader()
 
 

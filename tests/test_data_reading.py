@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ff_lightning import data
-from ff_lightning.data.reading import load_image
+from ff_lightning.data.images.reading import load_image
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
@@ -95,7 +95,7 @@ def test_images_in_two_splits_are_reported(image_folder, caplog):
 def pixels(root, **arguments):
     module = data.ImageFolder(str(root), **arguments)
     module.setup("test")
-    return module.test_set.source.pixels
+    return module.test_set.source.inputs
 
 
 def cache_file(cache):
@@ -146,7 +146,7 @@ def test_a_cache_knows_the_arguments_of_a_class_of_the_user(image_folder):
     for inverted in (False, True, False):
         module = Inverted(str(root), inverted)
         module.setup("test")
-        found.append(module.test_set.source.pixels.clone())
+        found.append(module.test_set.source.inputs.clone())
     assert torch.equal(found[1], 255 - found[0])
     assert torch.equal(found[2], found[0])
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision import datasets
 
 from ff_lightning import data
-from ff_lightning.data.tiny import TinyImageNetFolder
+from ff_lightning.data.images.tiny import TinyImageNetFolder
 from tests.test_data import write_cifar
 
 RANDOM = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def noise(count, *shape):
 def plain(module, split):
     """Pixels and classes of a split as they are held."""
     images = getattr(module, f"{split}_set")
-    return torch.stack([image for image, _ in images]), images.labels.tolist()
+    return torch.stack([image for image, _ in images]), images.targets.tolist()
 
 
 def ready(module):
@@ -106,7 +106,7 @@ def test_cifar100_in_groups(tmp_path, served, monkeypatch):
     monkeypatch.setattr(data.CIFAR100, "reader", reader)
     module = ready(data.CIFAR100(labels="coarse", root=str(tmp_path / "data"), val_fraction=0.2))
     assert module.num_classes == len(module.class_names) == 20
-    assert module.test_set.labels.tolist() == contents["test"]["coarse_labels"]
+    assert module.test_set.targets.tolist() == contents["test"]["coarse_labels"]
     with pytest.raises(ValueError, match="labels='rough'"):
         data.CIFAR100(labels="rough")
 
@@ -160,7 +160,7 @@ def test_tiny_imagenet(tmp_path):
     assert all(
         is_colour(image, label) for split in ("train", "test") for image, label in getattr(module, f"{split}_set")
     )
-    assert sorted(module.test_set.labels.tolist()) == sorted([*range(10)] * 2)
+    assert sorted(module.test_set.targets.tolist()) == sorted([*range(10)] * 2)
 
 
 def test_oxford_pets(tmp_path):

@@ -16,7 +16,7 @@ from torchvision import datasets
 
 from ff_lightning import data
 from ff_lightning.cli import main
-from ff_lightning.data.reading import load_image, to_pixels
+from ff_lightning.data.images.reading import load_image, to_pixels
 from tests.test_data_sets import write_tiny_imagenet
 
 
@@ -108,7 +108,7 @@ def test_files_that_are_passed_over_are_counted(image_folder, caplog):
     shutil.copy(root / "train" / "dog" / "0.png", root / "train" / "loose.png")
     data.ImageFolder(str(root))
     assert f"passed over 5 files in {root}/train that are no images of a class: 3 .gif, 1 " in caplog.text
-    assert "1 image in no class folder" in caplog.text
+    assert "1 in no class folder" in caplog.text
     assert "1 .txt" in caplog.text
     assert caplog.text.count("passed over") == 1
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_read_is_named_or_left_out(kind, arguments, image_folder,
         module = read(root, on_error="skip", **arguments)
         assert module.input_shape == (3, 32, 32)
         assert module.class_names == ["cat", "dog"]
-        assert module.train_set.labels.tolist() == [0] * 9 + [1] * 10
+        assert module.train_set.targets.tolist() == [0] * 9 + [1] * 10
         assert name in caplog.text
         assert "left out 1 of 20 images" in caplog.text
 
@@ -216,7 +216,7 @@ def test_links_to_folders_elsewhere_are_followed(image_folder, tmp_path):
     (tmp_path / "more").mkdir()
     shutil.copy(tmp_path / "elsewhere" / "0.png", tmp_path / "more" / "0.png")
     (root / "train" / "cat" / "more").symlink_to(tmp_path / "more")
-    assert read(root).train_set.labels.bincount().tolist() == [11, 10]
+    assert read(root).train_set.targets.bincount().tolist() == [11, 10]
 
 
 @contextlib.contextmanager
@@ -259,7 +259,7 @@ def test_what_may_not_be_read_is_named_or_left_out(place, open_folder, caplog):
             for _ in range(2):
                 caplog.clear()
                 module = read(open_folder, on_error="skip", **arguments)
-                assert module.train_set.labels.bincount().tolist() == [left, 10]
+                assert module.train_set.targets.bincount().tolist() == [left, 10]
                 assert f"cannot read the image {open_folder / place}" in caplog.text
     (open_folder / place).chmod(0o755)
     if left == 9:  # the same name, size and time, but readable by now
@@ -267,14 +267,14 @@ def test_what_may_not_be_read_is_named_or_left_out(place, open_folder, caplog):
 
 
 def test_a_cache_that_may_not_be_written_is_a_warning(open_folder, monkeypatch, caplog):
-    first = read(open_folder).train_set.source.pixels
+    first = read(open_folder).train_set.source.inputs
     cache = open_folder.parent / "closed"
     cache.mkdir()
     for mode in (0o555, 0):
         cache.chmod(mode)
         with nobody():
             module = read(open_folder, cache_dir=str(cache))
-        assert torch.equal(module.train_set.source.pixels, first)
+        assert torch.equal(module.train_set.source.inputs, first)
         assert "not kept for the next run" in caplog.text
     assert not list(cache.iterdir())
 
@@ -298,7 +298,7 @@ def test_a_class_without_any_readable_image(image_folder):
     for split in ("val", "train"):
         for path in (root / split / "dog").iterdir():
             path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"there is no image for training of \['dog'\]"):
+    with pytest.raises(ValueError, match=r"there is no sample for training of \['dog'\]"):
         read(root, on_error="skip")
     for path in (root / "train" / "cat").iterdir():
         path.write_bytes(b"no image")
@@ -318,7 +318,7 @@ def test_names_that_are_not_utf8(image_folder, tmp_path, caplog, capsys):
     for arguments in ({}, {}, {"in_memory": False}):  # the second time from the cache
         module = read(root, **arguments)
         assert module.class_names == ["caf\\xe9", "dog"]
-        assert module.train_set.labels.tolist() == [0] * 5 + [1] * 4
+        assert module.train_set.targets.tolist() == [0] * 5 + [1] * 4
     torch.save(list(module.class_names), tmp_path / "names.pt")
     assert torch.load(tmp_path / "names.pt", weights_only=True) == module.class_names
     (tmp_path / "plain").symlink_to(root)  # the command line takes text only
@@ -452,7 +452,7 @@ def test_two_folders_with_one_cache(image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found, written = [], []
     for root in roots:
-        found.append(read(root, cache_dir=str(tmp_path / "both")).train_set.source.pixels[0])
+        found.append(read(root, cache_dir=str(tmp_path / "both")).train_set.source.inputs[0])
         written.append({path: path.stat().st_ino for path in (tmp_path / "both").iterdir()})
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[0], found[3])

@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from ff_lightning.commands.answers import end, of_parser, subclasses
-from ff_lightning.data.base import ImageData
+from ff_lightning.data.images.base import ImageData
 from ff_lightning.data.loaders import EpochSampler
 
 GAP, TEXT = 2, 12
@@ -70,7 +70,7 @@ def counts(data: ImageData) -> str:
         sum      261     30
     """
     splits = {name: getattr(data, f"{name}_set") for name in ("train", "val", "test") if hasattr(data, f"{name}_set")}
-    numbers = [images.labels.bincount(minlength=data.num_classes).tolist() for images in splits.values()]
+    numbers = [images.targets.bincount(minlength=data.num_classes).tolist() for images in splits.values()]
     rows = [*zip(data.class_names, *numbers, strict=True), ("sum", *map(sum, numbers))]
     width = max(len(str(row[0])) for row in [*rows, ("class",)])
     lines = [f"{'class':{width}}" + "".join(f"{name:>7}" for name in splits)]

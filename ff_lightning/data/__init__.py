@@ -1,13 +1,14 @@
-"""LightningDataModules: one base for splits and loaders, then one file for each family of data sets."""
+"""LightningDataModules: one base for splits and loaders, then one room or file for each kind."""
 
-from ff_lightning.data.base import ImageData
-from ff_lightning.data.cifar import CIFAR10, CIFAR100
-from ff_lightning.data.digits import Digits
-from ff_lightning.data.fake import FakeImages
-from ff_lightning.data.folder import ImageFolder
-from ff_lightning.data.photos import DTD, Flowers102, Imagenette, OxfordPets
-from ff_lightning.data.small import MNIST, STL10, SVHN, FashionMNIST
-from ff_lightning.data.tiny import TinyImageNet
+from ff_lightning.data.base import DataModule
+from ff_lightning.data.images.base import ImageData
+from ff_lightning.data.images.cifar import CIFAR10, CIFAR100
+from ff_lightning.data.images.digits import Digits
+from ff_lightning.data.images.fake import FakeImages
+from ff_lightning.data.images.folder import ImageFolder
+from ff_lightning.data.images.photos import DTD, Flowers102, Imagenette, OxfordPets
+from ff_lightning.data.images.small import MNIST, STL10, SVHN, FashionMNIST
+from ff_lightning.data.images.tiny import TinyImageNet
 
 __all__ = [
     "CIFAR10",
@@ -16,6 +17,7 @@ __all__ = [
     "MNIST",
     "STL10",
     "SVHN",
+    "DataModule",
     "Digits",
     "FakeImages",
     "FashionMNIST",

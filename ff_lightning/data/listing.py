@@ -1,17 +1,11 @@
-"""Which files of a folder are images of which class; what file managers and notebooks leave behind is neither."""
+"""Which files of a folder are samples of which class; what file managers and notebooks leave behind is neither."""
 
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from ff_lightning.data.reading import load_image
-
-ENDINGS = (*IMG_EXTENSIONS, ".avif")
 LEFT_BEHIND = {"@eadir", "thumbs.db", "desktop.ini", "__macosx", "#recycle", "$recycle.bin", "lost+found"}
 """Files and folders that nobody made on purpose, besides those whose name begins with a dot."""
 
@@ -21,47 +15,24 @@ Identity = tuple[int, int]
 class Listing(NamedTuple):
     """What lies in the folders of the classes.
 
-    An image is what has the ending of one, readable or not: a dangling link, a pipe and a folder are, too. So is a
-    folder that cannot be listed or leads back to one above it. Whoever reads such an image gets an error that names it.
+    A sample is what has one of the endings, readable or not: a dangling link, a pipe and a folder are, too. So is a
+    folder that cannot be listed or leads back to one above it. Whoever reads such a sample gets an error that names it.
     """
 
-    images: dict[str, list[str]]
-    """Paths of the images of each class, classes and images in order."""
+    files: dict[str, list[str]]
+    """Paths of the samples of each class, classes and samples in order."""
     passed_over: Counter[str]
     """How many other files there are, by ending."""
     loops: list[str]
     """Folders in the place of a class that lead back to one above."""
 
 
-class FolderImages(Dataset[Any]):
-    """Images in ``folder/<class>/*`` with the numbers of their classes.
+def list_classes(folder: str | Path, endings: tuple[str, ...]) -> Listing:
+    """The samples of each class, in ``folder/<class>/*`` and below.
 
     Args:
         folder: The folder of the classes.
-        classes: Their names in the order of their numbers; None: all, by name.
-    """
-
-    def __init__(self, folder: str | Path, classes: Sequence[str] | None = None) -> None:
-        images = list_classes(folder).images
-        self.classes = list(images if classes is None else classes)
-        self.samples = [(path, number) for number, name in enumerate(self.classes) for path in images.get(name, ())]
-        self.loader = load_image
-
-    @property
-    def targets(self) -> list[int]:
-        """The class of each image."""
-        return [number for _, number in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, number = self.samples[index]
-        return self.loader(path), number
-
-
-def list_classes(folder: str | Path) -> Listing:
-    """The images of each class, in ``folder/<class>/*`` and below.
+        endings: Those of the files that are samples, in small letters, each with its point.
 
     Raises:
         OSError: If the folder itself cannot be listed.
@@ -70,17 +41,19 @@ def list_classes(folder: str | Path) -> Listing:
     above = _with_parents(folder)
     for entry in sorted(_visible(folder), key=lambda entry: entry.name):
         if not _is_folder(entry):
-            kind = "image in no class folder" if is_image(entry.name) else _ending(entry.name)
+            kind = "in no class folder" if entry.name.lower().endswith(endings) else _ending(entry.name)
             listing.passed_over[kind] += 1
         elif _identity(entry.path) in above:
             listing.loops.append(entry.path)
         else:
-            listing.images[entry.name] = _images_below(entry.path, above, listing.passed_over)
+            listing.files[entry.name] = _files_below(entry.path, above, endings, listing.passed_over)
     return listing
 
 
-def _images_below(folder: str, above: frozenset[Identity], passed_over: Counter[str]) -> list[str]:
-    """Paths of the images, in order of their folders; other files are counted."""
+def _files_below(
+    folder: str, above: frozenset[Identity], endings: tuple[str, ...], passed_over: Counter[str]
+) -> list[str]:
+    """Paths of the samples, in order of their folders; other files are counted."""
     found: list[tuple[str, str]] = []
     pending = [(folder, above)]
     while pending:
@@ -94,7 +67,7 @@ def _images_below(folder: str, above: frozenset[Identity], passed_over: Counter[
             found.append(os.path.split(at))
             continue
         for entry in entries:
-            if is_image(entry.name):
+            if entry.name.lower().endswith(endings):
                 found.append((at, entry.name))
             elif _is_folder(entry):
                 pending.append((entry.path, above | {identity}))
@@ -106,11 +79,6 @@ def _images_below(folder: str, above: frozenset[Identity], passed_over: Counter[
 def is_hidden(name: str) -> bool:
     """Whether a file or folder was left behind by a program."""
     return name.startswith(".") or name.casefold() in LEFT_BEHIND
-
-
-def is_image(name: str) -> bool:
-    """Whether a name has the ending of an image."""
-    return name.lower().endswith(ENDINGS)
 
 
 def first_five(names: Collection[str]) -> str:

@@ -2,98 +2,88 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ff_lightning.data.augment import Crop, augment, draws_of_epoch
-from ff_lightning.data.reading import Held, Numbers, Reader
+from ff_lightning.data.splits import Numbers
 
 log = logging.getLogger(__name__)
 
-Sample = tuple[Any, int]  # an image (PIL or uint8 tensor) and its class
-RawBatch = tuple[Tensor, Tensor, Tensor | None]  # uint8 (B, C, S, S); int64 (B,); draws (B, 5) of training images
+
+class Source(Protocol):
+    """Where the inputs of samples come from."""
+
+    def read(self, numbers: Numbers) -> Tensor:
+        """The inputs of the samples of these numbers, (B, ...)."""
+
+
+class Held:
+    """Inputs in memory.
+
+    Args:
+        inputs: (N, ...).
+        numbers: Their numbers in the data set, in order, (N,).
+    """
+
+    def __init__(self, inputs: Tensor, numbers: Numbers) -> None:
+        self.inputs, self.numbers = inputs, numbers
+
+    def read(self, numbers: Numbers) -> Tensor:
+        """Inputs (B, ...)."""
+        return self.inputs[torch.from_numpy(np.searchsorted(self.numbers, numbers))]
 
 
 class Split(Dataset[Any]):
-    """The images of a split, without augmentation until `augment` is called.
+    """The samples of a split.
 
     Args:
-        source: Where their pixels come from.
-        numbers: Numbers of the images in the data set, (N,).
-        labels: Their classes, (N,).
+        source: Where their inputs come from.
+        numbers: Numbers of the samples in the data set, (N,).
+        targets: Their targets, (N,).
     """
 
-    crop: Crop = "none"
-    flips = False
-    seed: int | None = None
     next_epoch = 0
     """Of loops that do not say which epoch theirs is."""
 
-    def __init__(self, source: Held | Reader, numbers: Numbers, labels: Numbers) -> None:
+    def __init__(self, source: Any, numbers: Numbers, targets: Numbers) -> None:
         self.source, self.numbers = source, numbers
-        self.labels = torch.as_tensor(labels, dtype=torch.int64)
-
-    def augment(self, seed: int, crop: Crop, flips: bool) -> None:
-        """Augment the images, with draws of this seed; see `ff_lightning.data.augment.augment`."""
-        self.seed, self.crop, self.flips = seed, crop, flips
-
-    @property
-    def crops_at_reading(self) -> bool:
-        """Where there are more pixels in the file than are kept of it, the crop is taken when it is read."""
-        return self.crop == "resized" and isinstance(self.source, Reader)
+        self.targets = torch.as_tensor(targets)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The pixels of one image, as they are, and its class."""
-        return self.source.read(self.numbers[[index]])[0], int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """The inputs of one sample, as they are held, and its target."""
+        return self.source.read(self.numbers[[index]])[0], self.targets[index]
 
-    def __getitems__(self, indices: Sequence[Any]) -> RawBatch:
+    def __getitems__(self, indices: Sequence[Any]) -> Any:
         """A batch for positions in the split, or for pairs of an epoch and a position."""
         epoch = indices[0][0] if isinstance(indices[0], tuple) else 0
-        at = torch.tensor([i[1] if isinstance(i, tuple) else i for i in indices])
-        draws = None if self.seed is None else draws_of_epoch(len(self), self.seed, epoch)[at]
-        numbers = self.numbers[at.numpy()]
-        if isinstance(self.source, Reader) and self.crops_at_reading:
-            return self.source.read(numbers, draws), self.labels[at], draws
-        return self.source.read(numbers), self.labels[at], draws
+        return self.batch(torch.tensor([i[1] if isinstance(i, tuple) else i for i in indices]), epoch)
+
+    def batch(self, at: Tensor, epoch: int) -> Any:
+        """The samples at these positions, (B,), as they are in an epoch."""
+        return self.source.read(self.numbers[at.numpy()]), self.targets[at]
 
 
-class Finish:
-    """Makes a batch of float32 images and classes out of what a split gives, on a device.
-
-    Args:
-        split: Where the batches come from.
-        statistics: Mean and standard deviation of each channel, for pixels from 0 to 1.
-        device: Where the work is done; the batch stays there.
-    """
-
-    def __init__(self, split: Split, statistics: tuple[Sequence[float], Sequence[float]], device: torch.device) -> None:
-        self.split, self.device = split, device
-        self.mean, self.std = (torch.tensor(s, device=device).view(1, -1, 1, 1) * 255 for s in statistics)
-
-    def __call__(self, batch: RawBatch) -> tuple[Tensor, Tensor]:
-        """Normalised images (B, C, S, S) and classes (B,)."""
-        images, labels, draws = (x if x is None else x.to(self.device, non_blocking=True) for x in batch)
-        if draws is not None:
-            crop = "none" if self.split.crops_at_reading else self.split.crop
-            images = augment(cast(Tensor, images), draws, crop, self.split.flips)
-        return cast(Tensor, images).float().sub_(self.mean).div_(self.std), cast(Tensor, labels)
+def as_it_is(batch: Any) -> Any:
+    """What a loader collates with where a data set gives whole batches."""
+    return batch
 
 
 class BatchLoader(DataLoader[Any]):
-    """A loader over a `Split`; its batches are finished in this process, on the device where they are used.
+    """A loader over a `Split`; `finish` makes its batches ready in this process, on the device where they are used.
 
     That is done here and not in a hook of Lightning, so that a plain loop, a Trainer and a user's own hooks all see
     the same batches.
     """
 
-    def __init__(self, *args: Any, finish: Finish, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, finish: Callable[[Any], Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.finish = finish
 
@@ -103,7 +93,7 @@ class BatchLoader(DataLoader[Any]):
 
 
 class ResumableLoader(BatchLoader):
-    """A loader that goes on in the middle of an epoch: its state is the number of images that were given in it.
+    """A loader that goes on in the middle of an epoch: its state is the number of samples that were given in it.
 
     They are counted over all processes: a run goes on behind them also with another batch size, or on another number of
     processes. Whoever calls ``set_epoch`` of the sampler, as a Trainer does, says what epoch it is. Where nobody does,
@@ -136,31 +126,31 @@ class ResumableLoader(BatchLoader):
         split.next_epoch += 1
 
     def batches_after(self, images: int) -> int:
-        """How many batches of an epoch are left after so many images of all processes."""
+        """How many batches of an epoch are left after so many samples of all processes."""
         sampler = cast(EpochSampler, self.sampler)
         left = max(0, len(sampler) - sampler.own(images))
         batch_size = cast(int, self.batch_size)
         return left // batch_size if self.drop_last else -(-left // batch_size)
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and the number of images that all processes together were given in it."""
+        """The epoch, and the number of samples that all processes together were given in it."""
         return {"epoch": getattr(self.sampler, "epoch", 0), "images": self.images}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Start after so many images, if the next epoch is the one that was interrupted."""
+        """Start after so many samples, if the next epoch is the one that was interrupted."""
         if set(state) == {"epoch", "images"}:
             self.interrupted = state
         else:
             log.warning(
-                "the checkpoint has the position of another loader, %s: this epoch starts with its first image", state
+                "the checkpoint has the position of another loader, %s: this epoch starts with its first sample", state
             )
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Positions of images, each with its epoch: the augmentation of an image hangs on both and the seed alone."""
+    """Positions of samples, each with its epoch: the augmentation of a sample hangs on both and the seed alone."""
 
     start = 0
-    """Images of all processes to leave out of the next epoch, because they were seen before the run was interrupted."""
+    """Samples of all processes to leave out of the next epoch: they were seen before the run was interrupted."""
     is_told = False
     """Whether somebody says what epoch it is."""
 
@@ -170,7 +160,7 @@ class EpochSampler(DistributedSampler[Any]):
         self.is_told = True
 
     def own(self, images: int) -> int:
-        """The part of this process in the first images of an epoch, rounded up: no image comes twice."""
+        """The part of this process in the first samples of an epoch, rounded up: no sample comes twice."""
         return -(-images // self.num_replicas)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:

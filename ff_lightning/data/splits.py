@@ -1,20 +1,20 @@
-"""Which images are trained on and which are validated on: stratified, and the same on every machine for a seed."""
+"""Which samples are trained on and which are validated on: stratified, and the same on every machine for a seed."""
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from sklearn.model_selection import train_test_split
 from sklearn.utils import resample
 
 from ff_lightning.data.listing import first_five
-from ff_lightning.data.reading import Numbers
 from ff_lightning.util.suggest import unknown
 
 log = logging.getLogger(__name__)
 
 ValFrom = Literal["subset", "rest"]
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def class_numbers(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:
@@ -58,24 +58,24 @@ def renumber(labels: Numbers, chosen: Sequence[int]) -> Numbers:
 
 
 def check_labels(labels: Numbers, names: Sequence[str], purpose: str) -> None:
-    """Warn where a class has no image.
+    """Warn where a class has no sample.
 
     Raises:
-        ValueError: If it is one to train on, if there are more classes than names, or no image at all.
+        ValueError: If it is one to train on, if there are more classes than names, or no sample at all.
     """
     if not len(labels):
-        raise ValueError(f"there is no image for {purpose}")
+        raise ValueError(f"there is no sample for {purpose}")
     if labels.max() >= len(names):
-        raise ValueError(f"an image for {purpose} is of class {labels.max()}: there are {len(names)} class names")
+        raise ValueError(f"a sample for {purpose} is of class {labels.max()}: there are {len(names)} class names")
     missing = [names[number] for number in sorted(set(range(len(names))) - set(labels.tolist()))]
     if missing and purpose == "training":
-        raise ValueError(f"there is no image for training of {first_five(missing)}")
+        raise ValueError(f"there is no sample for training of {first_five(missing)}")
     if missing:
-        log.warning("there is no image for %s of %s", purpose, first_five(missing))
+        log.warning("there is no sample for %s of %s", purpose, first_five(missing))
 
 
 def split_off(numbers: Numbers, labels: Numbers, size: float, seed: int, argument: str) -> tuple[Numbers, Numbers]:
-    """Divide images into the rest and a stratified part of this size (a share, or a count), both in order.
+    """Divide samples into the rest and a stratified part of this size (a share, or a count), both in order.
 
     Raises:
         ValueError: If a class is too small for it.
@@ -83,7 +83,7 @@ def split_off(numbers: Numbers, labels: Numbers, size: float, seed: int, argumen
     try:
         rest, part = train_test_split(numbers, test_size=size, stratify=labels[numbers], random_state=seed)
     except ValueError as error:
-        raise ValueError(f"{argument} of {len(numbers)} training images: {error}") from error
+        raise ValueError(f"{argument} of {len(numbers)} training samples: {error}") from error
     return np.sort(rest), np.sort(part)
 
 
@@ -95,7 +95,7 @@ def take_subset(
     subset: int | None,
     seed: int,
 ) -> Numbers:
-    """So many of the images of each class, or so many in all, stratified; in order.
+    """So many of the samples of each class, or so many in all, stratified; in order.
 
     Raises:
         ValueError: If a class, or all of them, have fewer.
@@ -112,5 +112,5 @@ def take_subset(
     if subset is None or subset == len(numbers):
         return numbers
     if subset > len(numbers):
-        raise ValueError(f"subset={subset}: more than the {len(numbers)} training images that there are")
+        raise ValueError(f"subset={subset}: more than the {len(numbers)} training samples that there are")
     return split_off(numbers, labels, subset, seed, f"subset={subset}")[1]

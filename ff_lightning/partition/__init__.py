@@ -5,45 +5,49 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ff_lightning.partition.block import Block, State, build_blocks, take_modes
 from ff_lightning.partition.check import check
 from ff_lightning.partition.cuts import balanced_cuts, block_cuts, layer_cuts, named_cuts, stage_cuts, trainable
 from ff_lightning.partition.features import Features, trace_features
-from ff_lightning.partition.shapes import materialised
+from ff_lightning.partition.inputs import Example, Inputs
+from ff_lightning.partition.shapes import materialise
 from ff_lightning.partition.trace import unwrapped
 from ff_lightning.partition.untouched import Snapshot, untouched
 from ff_lightning.partition.whole import CannotDivideError
-from ff_lightning.util.arguments import check_granularity, check_network, shown
+from ff_lightning.util.arguments import check_granularity, check_network
 
-__all__ = ["Block", "Granularity", "State", "partition"]
+__all__ = ["Block", "Example", "Granularity", "Inputs", "State", "partition"]
 
 Granularity = Literal["layer", "block", "stage"] | int | Sequence[str]
 
 _RULES = {"layer": layer_cuts, "block": block_cuts, "stage": stage_cuts}
 
 
-def partition(model: nn.Module, granularity: Granularity = "block", example: Tensor | None = None) -> list[Block]:
+def partition(model: nn.Module, granularity: Granularity = "block", example: Example | None = None) -> list[Block]:
     """Cut the feature part of a network into the units of local training.
 
     The classifier is left out, with the pooling and flattening before it. The blocks share the model's own modules
     and parameters: nothing is copied, so training the blocks trains the model.
 
     Args:
-        model: Any network with one image batch as input that `torch.fx` can trace. Modules inside it that cannot be
-            traced stay in one block.
+        model: Any network that `torch.fx` can trace. Modules inside it that cannot be traced stay in one block.
         granularity: ``"layer"``: a unit for each convolution, linear or attention layer with its norm and
             activation, also inside residual blocks, and for each squeeze-excite gate; ``"block"``: a unit for each
             residual, inverted-residual or transformer block, and for each layer outside of them, in a plain network
             for each run of layers at one resolution; ``"stage"``: a new unit where the resolution changes; a number:
             so many units that keep about equally much for backward, made of whole blocks where there are enough of
             them; a list of module names: a cut after each of them.
-        example: An input batch (B, C, H, W), one image is enough. None: a usual shape is tried.
+        example: An input batch, one sample is enough: a tensor (``model(x)``), a tuple (``model(*x)``) or a dict of
+            tensors by the names of the arguments of `forward` (``model(**x)``). The first one is what the blocks work
+            on: vectors (B, F), signals (B, C, T), images (B, C, H, W), volumes (B, C, D, H, W), tokens (B, T, F) or
+            token ids (B, T); of a dict, the first argument of `forward` that is no mask. None: a usual shape is tried.
 
     Returns:
-        The blocks in order. Each takes what the one before it returned; the last returns the feature map, equal bit
-        by bit to what the model itself computes at that place.
+        The blocks in order. Each takes what the one before it returned, the first one the inputs (a tuple of them where
+        there are several, in the order of `ff_lightning.partition.inputs.Inputs.values`); the last returns the
+        feature map, equal bit by bit to what the model itself computes at that place, and nothing else.
 
     Raises:
         ValueError: If the granularity or a module name is not known, a unit would have no weights, the model cannot
@@ -62,10 +66,8 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Ten
     """
     check_network("model", model)
     check_granularity(granularity)
-    if example is not None and not isinstance(example, Tensor):
-        raise ValueError(f"example={shown(example)}: must be an input batch, a tensor (B, C, H, W), or None")
     model = unwrapped(model)
-    example = materialised(model, example)
+    materialise(model, example)
     with torch.inference_mode(False), untouched(model) as snapshot:
         features = trace_features(model, example, snapshot)
         try:

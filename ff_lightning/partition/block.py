@@ -79,8 +79,8 @@ def build_blocks(features: Features, cuts: Sequence[int]) -> list[Block]:
     stored = features.model.state_dict().keys()
     name_of = _Names(features)
     blocks: list[Block] = []
-    inputs = [features.input]
-    state: State = features.example
+    inputs = [*features.inputs]
+    state: State = features.examples if len(inputs) > 1 else features.example
     for start, end in pairwise(borders):
         main = features.main(start, end)
         assert main is not None, "cuts are made where there is one"

@@ -39,34 +39,41 @@ def check(features: Features, blocks: Sequence[Block], snapshot: Snapshot) -> No
     model = features.model
     if features.example.device.type == "meta":
         return
-    images = _images(features.example, len(features.example))
+    inputs = _noise(features, len(features.example))
     _ = torch.rand(()), random.random(), np.random.random()  # other numbers than those that tracing has drawn
     snapshot.restore_state()
     with evaluating(model):
         with same_random(model):
-            ours = _run(blocks, images)
+            ours = _run(blocks, inputs)
         snapshot.restore_state()
-        if not _computes(model, images, ours):
+        if not _computes(features, inputs, ours):
             raise CannotDivideError(
                 f"the blocks compute something else than {_name(model)} does: {_why(features, blocks)}; move that into "
                 "a smaller module"
             )
     changed = snapshot.changed()
     unmoved = _state_after_training(features, blocks, snapshot)
-    _check_gradients(features, blocks, images)
+    _check_gradients(features, blocks, inputs)
     _warn_of_unserved(features, blocks, changed, unmoved)
 
 
-def _images(like: Tensor, count: int) -> Tensor:
-    """Images of noise, the same at each call, without a touch to the global generators."""
-    if not like.is_floating_point():
-        return like
-    noise = torch.randn((count, *like.shape[1:]), generator=torch.Generator().manual_seed(0))
-    return noise.to(like)
+def _noise(features: Features, count: int) -> tuple[Tensor, ...]:
+    """Images of noise (token ids as they are), the same at each call, without a touch to the global generators."""
+    main, size = features.example, len(features.example)
+    rows = torch.arange(count, device=main.device) % size
+    inputs = [value[rows] if value.shape[:1] == (size,) else value for value in features.examples]
+    if main.is_floating_point():
+        noise = torch.randn((count, *main.shape[1:]), generator=torch.Generator().manual_seed(0))
+        inputs[0] = noise.to(main)
+    return tuple(inputs)
 
 
-def _run(blocks: Sequence[Block], images: Tensor) -> Tensor:
-    state: State = images.clone()
+def _copies(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(value.clone() for value in inputs)
+
+
+def _run(blocks: Sequence[Block], inputs: Sequence[Tensor]) -> Tensor:
+    state: State = _copies(inputs) if len(inputs) > 1 else inputs[0].clone()
     with _Watch(None):  # as the network runs: torch chooses other kernels for some layers where something watches
         for block in blocks:
             state = block(state)
@@ -108,10 +115,10 @@ def _equal(value: Any, wanted: Tensor) -> bool:
     return torch.equal(value, wanted) or torch.allclose(value, wanted, equal_nan=True, **tolerance)
 
 
-def _computes(model: nn.Module, images: Tensor, wanted: Tensor) -> bool:
+def _computes(features: Features, inputs: Sequence[Tensor], wanted: Tensor) -> bool:
     watch = _Watch(wanted)
     with watch:
-        result = model(images.clone())
+        result = features.called.call(features.model, _copies(inputs))
     watch.look(result)
     return watch.found
 
@@ -121,7 +128,7 @@ def _state_after_training(features: Features, blocks: Sequence[Block], snapshot:
     model = features.model
     if sum(math.prod(op.shape or ()) for op in features.ops) > _CHEAP * len(features.example):
         return []
-    images = _images(features.example, max(2, len(features.example)))  # a batch norm needs more than one
+    inputs = _noise(features, max(2, len(features.example)))  # a batch norm needs more than one
     model.train()
     ours: Tensor | None = None
     problem: Exception | None = None
@@ -129,16 +136,16 @@ def _state_after_training(features: Features, blocks: Sequence[Block], snapshot:
         snapshot.restore_state()
         with same_random(model):
             try:
-                ours = _run(blocks, images)
+                ours = _run(blocks, inputs)
             except Exception as error:
                 problem = error
         moved = {name: buffer.clone() for name, buffer in model.named_buffers()}
         snapshot.restore_state()
         with same_random(model):
             try:
-                alike = ours is not None and _computes(model, images, ours)
+                alike = ours is not None and _computes(features, inputs, ours)
                 if ours is None:
-                    model(images)
+                    features.called.call(model, inputs)
             except Exception:  # the classifier may ask for more than this: the network cannot be compared
                 return []
     if not alike:
@@ -153,14 +160,14 @@ def _state_after_training(features: Features, blocks: Sequence[Block], snapshot:
     return [name for name, value in moved.items() if owners[name] in parts and not torch.equal(value, now[name])]
 
 
-def _check_gradients(features: Features, blocks: Sequence[Block], images: Tensor) -> None:
+def _check_gradients(features: Features, blocks: Sequence[Block], inputs: Sequence[Tensor]) -> None:
     model = features.model
     idle = {name: block.body.get_parameter(name) for block in blocks for name in block.idle}
     if idle:
         model.eval()
         with torch.enable_grad():
             outputs: list[Any] = []
-            fx.node.map_aggregate(model(images.clone()), outputs.append)
+            fx.node.map_aggregate(features.called.call(model, _copies(inputs)), outputs.append)
         reached = [parameters_behind(output) for output in outputs if isinstance(output, Tensor)]
         lost = [name for name, p in idle.items() if any(found is None or p in found for found in reached)]
         if lost:

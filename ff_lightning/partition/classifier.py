@@ -25,7 +25,7 @@ def end_of_features(flow: Flow) -> tuple[int, fx.Node]:
             break
         before, after = flow.shape(ops[tail].inputs[0]) or (), ops[tail].shape or ()
         flattens = len(before) > 2 and len(after) == 2
-        pools = len(before) == 4 and before[2:] != (1, 1) and after[2:] == (1, 1)
+        pools = len(before) == len(after) > 2 and max(before[2:]) > 1 == max(after[2:])
         if (flattens or pools or is_adaptive_pool(flow.model, ops[tail])) and flow.is_feature_map(tail):
             end = tail
     return end, flow.result if end == len(ops) else flow.crossing(end)[0]
@@ -76,7 +76,9 @@ def _last_layers(flow: Flow) -> tuple[list[int], list[Op]]:
         node = todo.pop()
         if node is flow.input:
             return [], []
-        i = flow.index[node]
+        i = flow.index.get(node)
+        if i is None:  # a further input, such as a mask
+            continue
         if flow.ops[i].weights:
             last.add(i)
         elif i not in behind and flow.ops[i].passes_gradients:

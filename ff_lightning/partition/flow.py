@@ -7,26 +7,36 @@ from functools import cached_property
 
 from torch import Tensor, fx, nn
 
-from ff_lightning.partition.ops import Op, is_convolution, is_linear, permutes
+from ff_lightning.partition.ops import Op, is_channel_last, is_convolution, output_widths, permutes
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Operations in order, from the images to one result. Cut `p` lies before operation number `p`.
+    """Operations in order, from the inputs to one result. Cut `p` lies before operation number `p`.
 
     Attributes:
         model: The network.
         ops: The operations.
-        input: The node that stands for the images.
+        inputs: The nodes that stand for the inputs, the main one first.
         result: The value that they all lead to.
-        example: The input batch that was run.
+        examples: The inputs that were run.
     """
 
     model: nn.Module
     ops: tuple[Op, ...]
-    input: fx.Node
+    inputs: tuple[fx.Node, ...]
     result: fx.Node
-    example: Tensor
+    examples: tuple[Tensor, ...]
+
+    @property
+    def input(self) -> fx.Node:
+        """The node that stands for the main input: images, say."""
+        return self.inputs[0]
+
+    @property
+    def example(self) -> Tensor:
+        """The main input that was run."""
+        return self.examples[0]
 
     @cached_property
     def index(self) -> dict[fx.Node, int]:
@@ -42,7 +52,7 @@ class Flow:
 
     @cached_property
     def _alive(self) -> list[tuple[fx.Node, ...]]:
-        alive = [self.input]
+        alive = [*self.inputs]
         at = [tuple(alive)]
         for i, op in enumerate(self.ops):
             alive = [node for node in (*alive, op.node) if self.last_use.get(node, -1) > i]
@@ -58,13 +68,22 @@ class Flow:
                 led.update((op.node, *op.inputs))
         return led
 
+    @cached_property
+    def _learnt(self) -> set[fx.Node]:
+        """The values that a gradient can come from or go to: of the main input or of weights, not of a mask alone."""
+        learnt = {self.input} if self.example.is_floating_point() else set[fx.Node]()
+        for op in self.ops:
+            if op.passes_gradients and (op.learns or not learnt.isdisjoint(op.inputs)):
+                learnt.update((op.node, op.node if op.changes is None else op.changes))
+        return learnt
+
     def alive(self, cut: int) -> tuple[fx.Node, ...]:
         """The values made before a cut and used behind it."""
         return self._alive[cut]
 
     def crossing(self, cut: int) -> list[fx.Node]:
-        """The tensors among the values that are alive at a cut."""
-        return [node for node in self.alive(cut) if self.shape(node) is not None]
+        """The tensors that are alive at a cut, but for those that only travel along, such as a mask."""
+        return [node for node in self.alive(cut) if self.shape(node) is not None and node in self._learnt]
 
     def can_cut(self, cut: int) -> bool:
         """Whether all values that are alive at a cut can cross it by themselves."""
@@ -72,16 +91,17 @@ class Flow:
 
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
         """Shape of a value for the example, or None where it is not a tensor."""
-        return tuple(self.example.shape) if node is self.input else self.ops[self.index[node]].shape
+        if node in self.inputs:
+            return tuple(self.examples[self.inputs.index(node)].shape)
+        return self.ops[self.index[node]].shape
 
     def is_map(self, node: fx.Node) -> bool:
-        """Whether a value holds features for each image of the batch, of a kind that a loss can be computed from.
+        """Whether a value holds features for each sample of the batch, of a kind that a loss can be computed from.
 
-        Windows of a map or rows of tokens that are counted as images of their own are not.
+        Windows of a map or rows of tokens that are counted as samples of their own are not.
         """
         shape = self.shape(node) or ()
-        gradient = node is self.input or self.ops[self.index[node]].passes_gradients
-        return len(shape) >= 2 and shape[0] == len(self.example) and gradient
+        return len(shape) >= 2 and shape[0] == len(self.example) and node in self._learnt
 
     def is_feature_map(self, cut: int) -> bool:
         """Whether a single tensor crosses a cut, with features for each image."""
@@ -115,7 +135,8 @@ class Flow:
     def channel_dim(self, node: fx.Node) -> int:
         """Which dimension of a value counts channels.
 
-        Behind a convolution it is dimension 1, behind a linear layer the last one, until the dimensions are permuted.
+        Behind a convolution it is dimension 1, behind a linear layer or an embedding the last one, until the dimensions
+        are permuted.
         Else it is the one whose extent is the output width of the last layer before; where that fits none or several
         of them, dimension 1 of a map and the last one of a row of tokens.
         """
@@ -126,9 +147,9 @@ class Flow:
         in_order = bool(since) and not any(permutes(self.model, op) for op in since)
         if in_order and is_convolution(self.model, since[0]):
             return 1
-        widths = {weight.shape[0] for weight in since[0].weights} if since else set()
+        widths = output_widths(self.model, since[0]) if since else set[int]()
         fitting = [dim for dim in range(1, len(shape)) if shape[dim] in widths]
-        if in_order and is_linear(self.model, since[0]) and len(shape) - 1 in fitting:
+        if in_order and is_channel_last(self.model, since[0]) and len(shape) - 1 in fitting:
             return len(shape) - 1
         return fitting[0] if len(fitting) == 1 else (len(shape) - 1 if len(shape) == 3 else 1)
 

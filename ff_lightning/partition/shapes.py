@@ -1,14 +1,17 @@
 """What the values of a traced network are for one example: their shapes, and which of them are tensors at all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ff_lightning.partition.inputs import Example, Inputs
 from ff_lightning.partition.trace import evaluating, first_line, path
 
 _SIZES_TO_TRY = (224, 32, 28, 64, 96, 8)  # pixels, for a model whose input size nobody told us
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, type(None))
 
 
@@ -58,8 +61,8 @@ def _is_plain(value: Any) -> bool:
     return all(map(_is_plain, value)) if isinstance(value, tuple | list) else isinstance(value, _PLAIN)
 
 
-def read_values(model: nn.Module, graph: fx.Graph, example: Tensor) -> Values:
-    """What the network makes of an example in evaluation mode.
+def read_values(model: nn.Module, graph: fx.Graph, examples: Sequence[Tensor]) -> Values:
+    """What the network makes of inputs in evaluation mode.
 
     Raises:
         ValueError: If the example does not pass through the network; the module that failed is named.
@@ -67,19 +70,20 @@ def read_values(model: nn.Module, graph: fx.Graph, example: Tensor) -> Values:
     reader = _Reader(model, graph)
     try:
         with evaluating(model):
-            reader.run(example.clone())
+            reader.run(*(example.clone() for example in examples))
     except Exception as error:
         assert reader.current is not None
+        what = "an image" if examples[0].ndim == 4 else "a sample"
         where = (path(reader.current) or (reader.current.name,))[-1]
         raise ValueError(
-            f"an image of shape {tuple(example.shape[1:])} does not pass through {type(model).__name__}: {where!r} "
-            f"failed ({first_line(error)}); give images of another shape, or a network made for this one"
+            f"{what} of shape {tuple(examples[0].shape[1:])} does not pass through {type(model).__name__}: {where!r} "
+            f"failed ({first_line(error)}); give {what.split()[1]}s of another shape, or a network made for this one"
         ) from error
     return reader.values
 
 
-def materialised(model: nn.Module, example: Tensor | None) -> Tensor | None:
-    """Let lazy modules take their shape from the example, which is returned.
+def materialise(model: nn.Module, example: Example | None) -> None:
+    """Let lazy modules take their shape from the example.
 
     Raises:
         ValueError: If there are any, and no example.
@@ -89,23 +93,26 @@ def materialised(model: nn.Module, example: Tensor | None) -> Tensor | None:
         if example is None:
             raise ValueError("give `example`: lazy modules of the network take their shape from it")
         with evaluating(model):
-            model(example)
-    return example
+            called = Inputs.of(model, example)
+            called.call(model, called.values(example))
 
 
 def default_example(model: nn.Module, graph: fx.Graph) -> Tensor:
-    """An image batch of one for a model whose input shape was not given: tried from the most usual size down."""
+    """A sample for a model whose input shape was not given: tried from the most usual size down."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
+    first = next((m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding, *_CONVOLUTIONS))), None)
     if isinstance(first, nn.Linear):
         return torch.zeros(1, first.in_features, **kind)
+    if isinstance(first, nn.Embedding):
+        return torch.zeros(1, 8, dtype=torch.int64, device=like.device)
     channels = first.in_channels if first is not None else 3
+    axes = 1 + _CONVOLUTIONS.index(type(first)) if type(first) in _CONVOLUTIONS else 2
     problem: ValueError | None = None
     for size in _SIZES_TO_TRY:
-        example = torch.zeros(1, channels, size, size, **kind)
+        example = torch.zeros(1, channels, *axes * [size], **kind)
         try:
-            read_values(model, graph, example)
+            read_values(model, graph, [example])
             return example
         except ValueError as error:
             problem = error

@@ -1,6 +1,5 @@
 """Tracing a network: its operations, and the calls of its modules."""
 
-import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from ff_lightning.partition.inputs import Inputs
 from ff_lightning.partition.untouched import remember
 
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem")
@@ -129,8 +129,9 @@ class _Tracer(fx.Tracer):
     Hooks of the larger modules do not run: they would be given values that are none.
     """
 
-    def __init__(self, closed: Collection[str], buffers_as_values: bool) -> None:
+    def __init__(self, inputs: Inputs, closed: Collection[str], buffers_as_values: bool) -> None:
         super().__init__()
+        self.inputs = inputs
         self.closed = set(closed)
         self.calls: dict[str, Call] = {}
         self.autocasts = 0
@@ -138,11 +139,11 @@ class _Tracer(fx.Tracer):
         self.state_names: dict[int, str] = {}
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Callable[..., Any], list[Any]]:
-        """One image batch goes in; whatever else `forward` takes has its default."""
+        """The inputs go in; whatever else `forward` takes has its default."""
         kinds = [self.root.named_parameters(), self.root.named_buffers() if self.buffers_as_values else ()]
         self.state_names = {id(tensor): name for named in kinds for name, tensor in named}
-        images = self.create_proxy("placeholder", "images", (), {})
-        return lambda root, images: root.forward(images), [self.root, images]
+        given = [self.create_proxy("placeholder", name, (), {}) for name in self.inputs.names]
+        return lambda root, *values: self.inputs.call(root.forward, values), [self.root, *given]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """A value for a parameter or buffer; fx searches the whole network for each."""
@@ -243,28 +244,21 @@ def _identities(value: Any) -> Any:
     return id(value.node if isinstance(value, fx.Proxy) else value)
 
 
-def trace(model: nn.Module, closed: Collection[str], buffers_as_values: bool) -> Trace:
+def trace(model: nn.Module, inputs: Inputs, closed: Collection[str], buffers_as_values: bool) -> Trace:
     """Trace `model`; a module that cannot be traced stays one operation.
 
     Args:
         model: The network, in the mode in which it is to be traced.
+        inputs: What it is called with.
         closed: Modules that stay one operation in any case.
         buffers_as_values: Whether to try that; a forward that assigns to a buffer of its own does not allow it.
 
     Raises:
-        ValueError: If forward wants several inputs, or if the forward of the model itself cannot be traced.
+        ValueError: If the forward of the model itself cannot be traced.
     """
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    one_by_one = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind in (*one_by_one, p.KEYWORD_ONLY)]
-    if len(needed) > 1:
-        raise ValueError(
-            f"{type(model).__name__}.forward takes several inputs {needed}: local training needs a network with one "
-            "input; wrap it in a module that makes the others itself"
-        )
     problem: Exception | None = None
     for as_values in dict.fromkeys((buffers_as_values, False)):
-        tracer = _Tracer(closed, as_values)
+        tracer = _Tracer(inputs, closed, as_values)
         try:
             with torch.enable_grad(), _deep_enough(model), _autocasts_noted(tracer):
                 graph = tracer.trace(model)

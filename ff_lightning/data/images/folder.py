@@ -3,22 +3,53 @@
 import hashlib
 import itertools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ff_lightning.data.base import FORMAT, IMAGENET_STATISTICS, ImageData
-from ff_lightning.data.cache import cached
-from ff_lightning.data.listing import ENDINGS, FolderImages, Listing, first_five, is_hidden, list_classes
-from ff_lightning.data.loaders import Sample
-from ff_lightning.data.reading import OnError, load_image, printable, read_bytes
+from ff_lightning.data.images.base import FORMAT, IMAGENET_STATISTICS, ImageData
+from ff_lightning.data.images.cache import cached
+from ff_lightning.data.images.reading import OnError, load_image, printable, read_bytes
+from ff_lightning.data.images.split import Sample
+from ff_lightning.data.listing import Listing, first_five, is_hidden, list_classes
 
 log = logging.getLogger(__name__)
 
+ENDINGS = (*IMG_EXTENSIONS, ".avif")
+"""Of the files that are images."""
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """Names of the folders of the splits, in small letters or capitals."""
+
+
+class FolderImages(Dataset[Any]):
+    """Images in ``folder/<class>/*`` with the numbers of their classes.
+
+    Args:
+        folder: The folder of the classes.
+        classes: Their names in the order of their numbers; None: all, by name.
+    """
+
+    def __init__(self, folder: str | Path, classes: Sequence[str] | None = None) -> None:
+        images = list_classes(folder, ENDINGS).files
+        self.classes = list(images if classes is None else classes)
+        self.samples = [(path, number) for number, name in enumerate(self.classes) for path in images.get(name, ())]
+        self.loader = load_image
+
+    @property
+    def targets(self) -> list[int]:
+        """The class of each image."""
+        return [number for _, number in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, number = self.samples[index]
+        return self.loader(path), number
 
 
 class ImageFolder(ImageData):
@@ -44,7 +75,7 @@ class ImageFolder(ImageData):
 
     def __init__(self, root: str = "data", **kwargs: Any) -> None:
         self.folders = _folders(Path(root).expanduser())
-        listings = {split: list_classes(folder) for split, folder in self.folders.items()}
+        listings = {split: list_classes(folder, ENDINGS) for split, folder in self.folders.items()}
         _check_loops(listings, kwargs.get("on_error", "raise"))
         self.class_names = [printable(name) for name in _class_names(self.folders, listings)]
         super().__init__(root=root, **kwargs)
@@ -128,20 +159,20 @@ def _check_loops(listings: dict[str, Listing], on_error: OnError) -> None:
 
 def _class_names(folders: dict[str, Path], listings: dict[str, Listing]) -> list[str]:
     """Names of the classes, which are the same in all splits, each with an image; what is passed over is reported."""
-    names = list(listings["train"].images)
+    names = list(listings["train"].files)
     if len(names) < 2:
         raise FileNotFoundError(
             f"{printable(folders['train'])} must hold a folder for each of two or more classes: it holds the "
             f"folders {names} and other files: {first_five(_loose(folders['train']))}"
         )
     for split, listing in listings.items():
-        differ = sorted(set(listing.images) ^ set(names))
+        differ = sorted(set(listing.files) ^ set(names))
         if differ:
             raise FileNotFoundError(
                 f"{printable(folders[split])} and {printable(folders['train'])} must hold the same classes, but differ "
                 f"in {first_five(differ)}"
             )
-        for name, images in listing.images.items():
+        for name, images in listing.files.items():
             if not images:
                 raise FileNotFoundError(
                     f"class folder {printable(folders[split] / name)} holds no image; known are files that end in "
@@ -162,7 +193,7 @@ def _loose(folder: Path) -> list[str]:
 
 def _size_of_first(listing: Listing, on_error: OnError) -> int:
     """The shorter side of the first image that can be read."""
-    for path in itertools.chain(*listing.images.values()):
+    for path in itertools.chain(*listing.files.values()):
         try:
             return min(load_image(path).size)
         except OSError as error:

@@ -1,6 +1,6 @@
 """Images per second of `ImageFolder` against torchvision's folder in a plain DataLoader, with the same transforms.
 
-    python -m ff_lightning.data.throughput FOLDER [--image_size 32]
+    python -m ff_lightning.benchmark.throughput FOLDER [--image_size 32]
 
 Both give float32 batches, cropped at random, mirrored and normalised. They take turns, so that what else the machine
 does hits both; the best of the rounds counts. ``fit`` is a whole epoch through Lightning's Trainer with a model of
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from ff_lightning.data.folder import ImageFolder
+from ff_lightning.data.images.folder import ImageFolder
 
 
 class _Linear(LightningModule):

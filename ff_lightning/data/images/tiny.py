@@ -5,9 +5,9 @@ from typing import Any
 
 from torchvision.datasets.utils import download_and_extract_archive
 
-from ff_lightning.data.base import IMAGENET_STATISTICS
-from ff_lightning.data.download import DownloadedData
-from ff_lightning.data.listing import FolderImages
+from ff_lightning.data.images.base import IMAGENET_STATISTICS
+from ff_lightning.data.images.download import DownloadedData
+from ff_lightning.data.images.folder import FolderImages
 
 
 class TinyImageNetFolder(FolderImages):

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from ff_lightning.data.augment import crop_box
+from ff_lightning.data.images.augment import crop_box
+from ff_lightning.data.loaders import as_it_is
+from ff_lightning.data.splits import Numbers
 
 log = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 Shape = tuple[int, int, int]
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 MOST_NAMED = 10
 """Unreadable images that are named in the log; the others are counted."""
@@ -188,22 +189,6 @@ class Reader(Dataset[Tensor]):
         return to_pixels(image, self.shape, torch.cat(crop_box(draws[None], height, width)))
 
 
-class Held:
-    """Images in memory.
-
-    Args:
-        pixels: uint8 (N, C, S, S).
-        numbers: Their numbers in the data set, in order, (N,).
-    """
-
-    def __init__(self, pixels: Tensor, numbers: Numbers) -> None:
-        self.pixels, self.numbers = pixels, numbers
-
-    def read(self, numbers: Numbers) -> Tensor:
-        """Images (B, C, S, S)."""
-        return self.pixels[torch.from_numpy(np.searchsorted(self.numbers, numbers))]
-
-
 def read_all(reader: Reader, numbers: Numbers, workers: int, on_error: OnError) -> dict[str, Tensor]:
     """The `pixels` (N, C, S, S) of all these images, and which of them are `readable` (N,); others are black."""
     pixels = torch.zeros(len(numbers), *reader.shape, dtype=torch.uint8)
@@ -267,8 +252,3 @@ class _Attempts(Dataset[Any]):
                     raise
                 errors[i] = str(error)
         return images, errors
-
-
-def as_it_is(batch: Any) -> Any:
-    """What a loader collates with where a data set gives whole batches."""
-    return batch

@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ff_lightning.data.base import ImageData
-from ff_lightning.data.digits import TensorImages
-from ff_lightning.data.loaders import Sample
+from ff_lightning.data.images.base import ImageData
+from ff_lightning.data.images.digits import TensorImages
+from ff_lightning.data.images.split import Sample
 from ff_lightning.util.arguments import check_whole
 
 

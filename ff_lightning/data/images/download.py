@@ -8,9 +8,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ff_lightning.data.base import ImageData
-from ff_lightning.data.loaders import Sample
-from ff_lightning.data.reading import load_image
+from ff_lightning.data.images.base import ImageData
+from ff_lightning.data.images.reading import load_image
+from ff_lightning.data.images.split import Sample
 
 Splits = Mapping[str, Mapping[str, Any]]
 

@@ -6,10 +6,10 @@ from typing import Any
 from PIL import Image
 from torchvision import datasets
 
-from ff_lightning.data.base import IMAGENET_STATISTICS
-from ff_lightning.data.download import WITH_VAL, DownloadedData
-from ff_lightning.data.listing import FolderImages
-from ff_lightning.data.reading import load_image
+from ff_lightning.data.images.base import IMAGENET_STATISTICS
+from ff_lightning.data.images.download import WITH_VAL, DownloadedData
+from ff_lightning.data.images.folder import FolderImages
+from ff_lightning.data.images.reading import load_image
 
 
 class Imagenette(DownloadedData):

@@ -4,7 +4,7 @@ from typing import Any
 
 from torchvision import datasets
 
-from ff_lightning.data.download import BY_FLAG, DownloadedData
+from ff_lightning.data.images.download import BY_FLAG, DownloadedData
 from ff_lightning.util.arguments import is_whole, shown
 
 

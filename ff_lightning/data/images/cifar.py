@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torchvision import datasets
 
-from ff_lightning.data.download import BY_FLAG, DownloadedData
+from ff_lightning.data.images.download import BY_FLAG, DownloadedData
 from ff_lightning.util.arguments import check_choice
 
 CIFAR100_FINE = tuple(

@@ -9,8 +9,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ff_lightning.data.base import ImageData
-from ff_lightning.data.loaders import Sample
+from ff_lightning.data.images.base import ImageData
+from ff_lightning.data.images.split import Sample
 
 
 class Digits(ImageData):
