@@ -64,9 +64,7 @@ def test_weights_reach_the_blocks_and_a_checkpoint_does_not_need_their_file(tmp_
     path = saved(tmp_path, source.state_dict())
     model = SFF(backbone="resnet18", num_classes=10, weights=path)
     assert torch.equal(model.net.backbone_state_dict()["layer3.0.conv1.weight"], source.layer3[0].conv1.weight)
-    assert torch.equal(
-        Backprop(backbone="resnet18", num_classes=10, weights=path).net.fc.weight, source.fc.weight
-    )
+    assert torch.equal(Backprop(backbone="resnet18", num_classes=10, weights=path).net.fc.weight, source.fc.weight)
     assert "weights" not in model.hparams
 
 

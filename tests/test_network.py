@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ff_lightning import LocalNet
-from ff_lightning.local.updates import deliver
 from ff_lightning.heads import GoodnessHead
+from ff_lightning.local.updates import deliver
 from ff_lightning.util.memory import saved_for_backward
 from tests.conftest import Residual, small_net
 

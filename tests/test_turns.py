@@ -104,7 +104,9 @@ def test_a_frozen_backbone_trains_the_heads(make_trainer, digits):
     before = state(model)
     make_trainer().fit(model, digits)
     changed = {key for key, value in before.items() if not torch.equal(value, model.state_dict()[key])}
-    assert {key.split(".")[1] for key in changed if not key.endswith(("running_mean", "running_var", "tracked", "_state"))} == {"objectives"}
+    assert {
+        key.split(".")[1] for key in changed if not key.endswith(("running_mean", "running_var", "tracked", "_state"))
+    } == {"objectives"}
 
 
 class WhoMoved(Callback):
