@@ -85,9 +85,8 @@ def check_classes(target: Tensor, num_classes: int, ignore_index: int | None = N
     wrong = target[(target < 0) | (target >= num_classes)]
     wrong = wrong if ignore_index is None else wrong[wrong != ignore_index]
     if wrong.numel():
-        raise ValueError(
-            f"label {int(wrong.min() if wrong.min() < 0 else wrong.max())} in the batch: num_classes={num_classes} allows 0 to {num_classes - 1}"
-        )
+        label = int(wrong.min() if wrong.min() < 0 else wrong.max())
+        raise ValueError(f"label {label} in the batch: num_classes={num_classes} allows 0 to {num_classes - 1}")
 
 
 def similarity_loss(features: Tensor, target: Tensor, num_classes: int) -> Tensor:

@@ -129,12 +129,14 @@ class LocalNet(nn.Module):
 
     def _add_objectives(self) -> None:
         """Make the objectives of the blocks that have none yet."""
-        blocks = cast(Sequence[Block], self.blocks)
         like = next(self.parameters(), torch.zeros(0))
-        for k in range(len(self.objectives), len(blocks)):
-            head = partial(make_head, self.head_factory, blocks[k].map_shape, self.num_classes)
-            place = Place(k, len(blocks), blocks[k].name, blocks[k].map_shape, self.num_classes, head)
-            self.objectives.append(make_objective(self.loss_factory, place).to(like.device, like.dtype))
+        for k in range(len(self.objectives), len(self.blocks)):
+            self.objectives.append(make_objective(self.loss_factory, self._place(k)).to(like.device, like.dtype))
+
+    def _place(self, k: int) -> Place:
+        block = cast(Block, self.blocks[k])
+        head = partial(make_head, self.head_factory, block.map_shape, self.num_classes)
+        return Place(k, len(self.blocks), block.name, block.map_shape, self.num_classes, head)
 
     @property
     def heads(self) -> nn.ModuleList:

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.partition import Block
-from ff_lightning.tasks import Task
+from ff_lightning.tasks import Task, Unlabelled
 from ff_lightning.training import checks
 from ff_lightning.training.factories import to_factory, to_task
 from ff_lightning.training.kept import kept
@@ -124,6 +124,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
             memory_format,
         )
         self.num_classes = self.task.num_classes = cast(int, num_classes or 1)
+        self.criterion = None if isinstance(self.task, Unlabelled) else self.task.criterion()
         self.metrics = list(metrics if metrics is not None else self.task.metrics)
         self.input_shape = tuple(input_shape or (3, 32, 32))
         self.automatic_optimization = optimization == "automatic"

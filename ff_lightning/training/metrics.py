@@ -72,6 +72,8 @@ class UnitFigures(Metric):
             samples: B.
         """
         for row, name in enumerate(self.names):
+            if name not in figures:  # of a method that gives no scores
+                continue
             values = figures[name]
             self.figures[row] += (values if counted is None else values.where(counted, 0.0)).sum(1)
         number: int | Tensor = samples if counted is None else counted.sum()

@@ -41,6 +41,7 @@ class Reporting(KeepsHooks, LightningModule):
     def make_metrics(self) -> None:
         """Make the running figures of the units."""
         units = len(self.unit_names)
+        self._has_scores = True
         self._units_of_batch: list[int] = []
         self._losses_of_batch: list[Tensor] = []
         self.train_losses = UnitLosses(units)
@@ -109,6 +110,8 @@ class Reporting(KeepsHooks, LightningModule):
 
     def report_scores(self, scores: Tensor, target: Tensor) -> None:
         """Count the figures of the vote in training, from scores (U, B, K) that a method has at no extra pass."""
+        if not torch.is_grad_enabled():  # of a validation that has no scores
+            return
         with torch.no_grad():
             figures = self.task.figures(self.vote(scores)[None], target)
             none = scores.new_zeros(0)
@@ -198,6 +201,7 @@ class Reporting(KeepsHooks, LightningModule):
     def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
         inputs, target = self.inputs_and_target(batch, training=False, look=batch_idx == 0)
         scores = self.scores(*inputs)
+        self._has_scores = scores is not None
         if scores is None:
             self._evaluate_losses(batch, stage)
             return
@@ -212,16 +216,15 @@ class Reporting(KeepsHooks, LightningModule):
     def _evaluate_losses(self, batch: Any, stage: str) -> None:
         """Without scores: the losses of the updates."""
         losses = torch.zeros(len(self.unit_names), device=self.device)
-        samples = 1
         for update in self.local_updates(batch):
             losses[list(update.units)] = torch.stack(update.values).to(losses)
-        self.unit_figures[stage].update({}, losses, None, samples)
+        self.unit_figures[stage].update({}, losses, None, 1)
 
     def _log_figures(self, stage: str) -> None:
         figures, losses = self.unit_figures[stage].compute()
         self.unit_figures[stage].reset()
-        figures = dict(figures)
-        for name, metrics in self.named_metrics[stage].items():
+        figures = dict(figures) if self._has_scores else {}
+        for name, metrics in self.named_metrics[stage].items() if self._has_scores else ():
             figures[name] = torch.stack([metric.compute().mean() for metric in metrics])
             for metric in metrics:
                 metric.reset()
@@ -237,6 +240,7 @@ class Reporting(KeepsHooks, LightningModule):
             ValueError: If the method gives no answers.
         """
         scores = self.scores(*inputs)
+        self._has_scores = scores is not None
         if scores is None:
             raise ValueError(f"{type(self).__name__} gives no answers: it has no scores")
         return self.vote(scores)
