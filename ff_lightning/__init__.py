@@ -13,9 +13,10 @@ from ff_lightning.partition import partition
 
 if TYPE_CHECKING:
     from ff_lightning import data, tasks
-    from ff_lightning.modules import SFF, Backprop, LocalLearner
+    from ff_lightning.modules import FF, SFF, Backprop, LocalLearner
 
 __all__ = [
+    "FF",
     "SFF",
     "Backprop",
     "GoodnessHead",
@@ -34,6 +35,6 @@ def __getattr__(name: str) -> Any:
     """Import what needs Lightning when it is asked for: plain PyTorch users do not wait for it."""
     if name in ("data", "tasks"):
         return importlib.import_module(f"ff_lightning.{name}")
-    if name in ("SFF", "Backprop", "LocalLearner"):
+    if name in ("FF", "SFF", "Backprop", "LocalLearner"):
         return getattr(importlib.import_module("ff_lightning.modules"), name)
     raise AttributeError(f"module 'ff_lightning' has no attribute {name!r}")
