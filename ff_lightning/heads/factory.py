@@ -16,7 +16,9 @@ from ff_lightning.util.arguments import check_choice, shown
 HeadFactory = Callable[[int, int], nn.Module]
 """Makes the head of a block from its number of channels and the number of classes.
 
-If it has a parameter `size`, it is given H x W of the features as well.
+If it has a parameter `size`, it is given the positions of the features as well: (), (T,), (H, W) or (D, H, W); if it has
+`masked`, whether there may be padding among them. The head is then given a mask (B, T) with the features (B, C, T), if
+its forward has a parameter `mask`; where it has none, the features are zeros at padding.
 """
 
 HEADS: dict[str, HeadFactory] = {
@@ -37,8 +39,8 @@ def check_head(head: Any) -> None:
         check_choice("head", head, HEADS, f"one of {list(HEADS)} or a function (channels, classes)")
 
 
-def make_head(factory: HeadFactory, map_shape: Sequence[int], num_classes: int) -> nn.Module:
-    """The head for features of shape (C, H, W); see `HeadFactory`.
+def make_head(factory: HeadFactory, map_shape: Sequence[int], num_classes: int, masked: bool = False) -> nn.Module:
+    """The head for features of shape (C, H, W), or with another number of axes; see `HeadFactory`.
 
     Raises:
         ValueError: If what is made is no module from features (B, C, H, W) to goodness (B, K).
@@ -48,24 +50,31 @@ def make_head(factory: HeadFactory, map_shape: Sequence[int], num_classes: int) 
     try:
         takes = signature(factory)
         arguments = {*takes.parameters, *getattr(factory, "keywords", {})}  # the command line gives a partial
-        size = {"size": map_shape[1:]} if "size" in arguments else {}
-        takes.bind(map_shape[0], num_classes, **size)
+        offered = {"size": tuple(map_shape[1:]), "masked": masked}
+        options = {key: value for key, value in offered.items() if key in arguments}
+        takes.bind(map_shape[0], num_classes, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} cannot be called with (channels, classes): {error}") from error
-    head = factory(map_shape[0], num_classes, **size)
+    head = factory(map_shape[0], num_classes, **options)
     if not isinstance(head, nn.Module):
         raise ValueError(f"{name} makes {shown(head)}: it must make an nn.Module from (B, C, H, W) to goodness (B, K)")
-    _check_goodness(name, head, map_shape, num_classes)
+    _check_goodness(name, head, map_shape, num_classes, masked)
     return head
 
 
-def _check_goodness(name: str, head: nn.Module, map_shape: Sequence[int], num_classes: int) -> None:
+def takes_mask(head: nn.Module) -> bool:
+    """Whether the forward of a head has a parameter `mask`."""
+    return "mask" in signature(head.forward).parameters
+
+
+def _check_goodness(name: str, head: nn.Module, map_shape: Sequence[int], num_classes: int, masked: bool) -> None:
     """Raise ValueError unless a head gives a goodness for each of two images and each class."""
     like = next(head.parameters(), torch.zeros(0))
     features = torch.zeros(2, *map_shape, device=like.device, dtype=like.dtype)
+    mask = [torch.ones(2, *map_shape[1:], dtype=torch.bool, device=like.device)] if masked and takes_mask(head) else []
     try:
         with evaluating(head):
-            goodness = head(features)
+            goodness = head(features, *mask)
     except Exception as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name} fails for features of shape {tuple(features.shape)}: {why}") from error
