@@ -72,7 +72,7 @@ def _refusal(error: BaseException) -> str | None:
     import lightning  # here, since not every command needs it, and it takes seconds
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    folders = (Path(__file__).parent, Path(lightning.__file__).parent)
+    folders = (Path(__file__).parents[1], Path(lightning.__file__).parent)  # all of this package
 
     def on_purpose(file: str, line: str) -> bool:
         return line.startswith("raise") and any(Path(file).is_relative_to(folder) for folder in folders)
