@@ -16,8 +16,8 @@ from ff_lightning.util.arguments import check_choice, shown
 HeadFactory = Callable[[int, int], nn.Module]
 """Makes the head of a block from its number of channels and the number of classes.
 
-If it has a parameter `size`, it is given the positions of the features as well: (), (T,), (H, W) or (D, H, W); if it has
-`masked`, whether there may be padding among them. The head is then given a mask (B, T) with the features (B, C, T), if
+If it has a parameter `size`, it is given the positions of the features as well: (), (T,), (H, W) or (D, H, W); if it
+has `masked`, whether there may be padding among them. The head is then given a mask (B, T) with features (B, C, T), if
 its forward has a parameter `mask`; where it has none, the features are zeros at padding.
 """
 
