@@ -65,6 +65,8 @@ class _Embedding(nn.Module):
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.dropout = nn.Dropout(dropout)
+        for embedding in (self.tokens, self.places):
+            nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.dropout(self.tokens(ids) + self.places((mask.cumsum(1) - 1).clamp(min=0)))

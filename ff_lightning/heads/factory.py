@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ff_lightning.heads.layers import without_padding
 from ff_lightning.heads.pooled import PooledHead
 from ff_lightning.heads.squared import GoodnessHead
 from ff_lightning.partition.trace import evaluating
@@ -62,16 +63,27 @@ def make_head(factory: HeadFactory, map_shape: Sequence[int], num_classes: int, 
     return head
 
 
-def takes_mask(head: nn.Module) -> bool:
-    """Whether the forward of a head has a parameter `mask`."""
-    return "mask" in signature(head.forward).parameters
+def takes_mask(function: Callable[..., Any]) -> bool:
+    """Whether a function, such as the forward of a head, has a parameter `mask`."""
+    return "mask" in signature(function).parameters
+
+
+def with_mask(function: Callable[..., Any], takes: bool, features: Tensor, mask: Tensor | None, *more: Any) -> Any:
+    """Call a function with features (B, C, T), and with the mask (B, T) if it takes one; else they are zeros there."""
+    if mask is None:
+        return function(features, *more)
+    return function(features, *more, mask=mask) if takes else function(without_padding(features, mask), *more)
 
 
 def _check_goodness(name: str, head: nn.Module, map_shape: Sequence[int], num_classes: int, masked: bool) -> None:
     """Raise ValueError unless a head gives a goodness for each of two images and each class."""
     like = next(head.parameters(), torch.zeros(0))
     features = torch.zeros(2, *map_shape, device=like.device, dtype=like.dtype)
-    mask = [torch.ones(2, *map_shape[1:], dtype=torch.bool, device=like.device)] if masked and takes_mask(head) else []
+    mask = (
+        [torch.ones(2, *map_shape[1:], dtype=torch.bool, device=like.device)]
+        if masked and takes_mask(head.forward)
+        else []
+    )
     try:
         with evaluating(head):
             goodness = head(features, *mask)

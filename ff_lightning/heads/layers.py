@@ -46,6 +46,13 @@ def without_padding(features: Tensor, mask: Tensor) -> Tensor:
     return features.masked_fill(~mask[:, None], 0)
 
 
+def position_means(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over all positions: (B, C, ...) -> (B, C); over those only where a mask (B, T) is true."""
+    if mask is not None:
+        return without_padding(features, mask).sum(2) / mask.sum(1, keepdim=True).clamp(min=1)
+    return features.flatten(2).mean(2) if features.ndim > 2 else features
+
+
 class _Pointwise(nn.Conv2d):
     """A 1x1 convolution of a small map as one matrix product: two thirds of its time on a CPU."""
 
