@@ -3,15 +3,13 @@
 import gzip
 import json
 import sys
-import types
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from ff_lightning import SFF, data
+from ff_lightning import data
 from ff_lightning.data.columns import MISSING
 
 CSV = "id,size,colour,kind\n" + "".join(
@@ -256,37 +254,6 @@ def test_empty_lines_are_passed_over_and_the_lines_after_them_are_named_as_they_
     one, two = ready(write(), "kind", drop=["id"]), ready("\ufeff" and write("\ufeff" + spaced), "kind", drop=["id"])
     assert torch.equal(inputs_of(one.train_set), inputs_of(two.train_set))
     assert set(two._train.rows) | set(two._test.rows) == {*range(2, 7), *range(10, 65)}
-
-
-@pytest.mark.parametrize("name", ["BreastCancer", "Diabetes"])
-def test_every_sample_counts_once_over_processes_and_the_training_split_is_standard(name):
-    module = ready(name=name, batch_size=16)
-    standard = inputs_of(module.train_set)
-    assert standard.mean(0).abs().max() < 1e-5
-    assert (standard.std(0, correction=0) - 1).abs().max() < 1e-4
-    for loader in ("val_dataloader", "test_dataloader"):
-        whole = torch.cat([x for x, _ in getattr(module, loader)()])
-        parts = []
-        for rank in (0, 1):
-            module.trainer = types.SimpleNamespace(world_size=2, global_rank=rank)
-            parts.append(torch.cat([x for x, _ in getattr(module, loader)()]))
-        module.trainer = None
-        assert sorted(map(tuple, torch.cat(parts).tolist())) == sorted(map(tuple, whole.tolist()))
-
-
-@pytest.mark.parametrize("step", [3, 9])
-def test_a_run_interrupted_in_mid_epoch_ends_in_the_same_weights(step, make_trainer, tmp_path):
-    def fit(path=None, **settings):
-        net = nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
-        model = SFF(net, num_classes=2, input_shape=(30,), granularity="layer", lr_scheduler="constant")
-        trainer = make_trainer(limit_train_batches=1.0, **settings)
-        trainer.fit(model, data.BreastCancer(batch_size=64), ckpt_path=path, weights_only=True)
-        return model.state_dict()
-
-    keep = ModelCheckpoint(tmp_path, every_n_train_steps=step, save_top_k=-1, filename="{step}")
-    whole = fit(callbacks=[keep], enable_checkpointing=True)
-    resumed = fit(tmp_path / f"step={step}.ckpt")
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_the_embedded_tables_can_be_learned():

@@ -12,7 +12,7 @@ Shapes: N samples of a file, K classes, labels or outputs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from torch import Tensor
@@ -21,9 +21,9 @@ from ff_lightning.data.base import DataModule
 from ff_lightning.data.listing import first_five
 from ff_lightning.data.loaders import Held, Split
 from ff_lightning.data.splits import Numbers, Targets, split_off
-from ff_lightning.util.arguments import check_choice, check_number, check_path
+from ff_lightning.util.arguments import check_choice, check_number, check_path, check_switch
 
-TASKS = ("classification", "multilabel", "regression")
+Task = Literal["classification", "multilabel", "regression"]
 
 
 @dataclass
@@ -76,8 +76,8 @@ class Encoder(Protocol):
 class MemoryData(DataModule):
     """Base of the data modules that are held in memory.
 
-    A data set sets `task`, what `read` needs and, unless its task is classification, `class_names`, before it calls
-    `__init__` of this class, which reads the training samples and fits the encoder.
+    A data set sets `task` and what `read` needs before it calls `__init__` of this class, which reads the training
+    samples and fits the encoder.
 
     Args:
         kwargs: batch_size, val_fraction, seed, samples_per_class, subset, val_from, classes; see `DataModule`.
@@ -95,8 +95,8 @@ class MemoryData(DataModule):
         train, val, self._test = self.read("train"), self.read("val"), None
         if not self.has_test:
             train, self._test = self._cut_test(train)
-        if self.task == "classification":
-            self.class_names = self._names = class_names_of(train)
+        self.class_names = self._names = self.names_of(train)
+        self._shape = train.targets.shape[1:]
         self._train, self._val = self._numbered(train), None if val is None else self._numbered(val)
         super().__init__(**kwargs)
         self.encoder = self.make_encoder()
@@ -115,6 +115,12 @@ class MemoryData(DataModule):
     def read(self, split: str) -> Any:
         """The `Samples` of ``"train"``, ``"val"`` or ``"test"``; None where there is nothing for a split."""
         raise NotImplementedError(f"{type(self).__name__} must implement read")
+
+    def names_of(self, samples: Samples) -> Sequence[str]:
+        """Names of the classes of the training samples, or of their outputs: numbers, where these have none."""
+        if self.task == "classification":
+            return class_names_of(samples)
+        return [str(output) for output in range(samples.targets[:1].size)]
 
     def make_encoder(self) -> Any:
         """An `Encoder`."""
@@ -153,6 +159,10 @@ class MemoryData(DataModule):
 
     def _numbered(self, samples: Samples) -> Samples:
         """The samples with the numbers of their classes, if they have classes."""
+        if samples.targets.shape[1:] != self._shape:
+            raise ValueError(
+                f"{samples.path}: has targets of shape {samples.targets.shape[1:]}, the training samples {self._shape}"
+            )
         if self.task != "classification":
             return samples
         numbers = {name: number for number, name in enumerate(self._names)}
@@ -175,16 +185,30 @@ class FileData(MemoryData):
         test: The test samples; None: they are cut from `train`.
         test_fraction: Share of `train` that becomes the test set where there is no `test`: the same samples for every
             `seed`, and the same share of each class.
+        task: ``"classification"``, ``"multilabel"`` or ``"regression"``.
+        standardise_target: Whether targets of a regression are standardised with the statistics of the training split
+            (`target_statistics`): errors are then in standard deviations, not in the units of the target.
         kwargs: batch_size, val_fraction, seed, samples_per_class, subset, val_from, classes; see `DataModule`.
     """
 
     def __init__(
-        self, train: str, val: str | None = None, test: str | None = None, test_fraction: float = 0.2, **kwargs: Any
+        self,
+        train: str,
+        val: str | None = None,
+        test: str | None = None,
+        test_fraction: float = 0.2,
+        task: Task = "classification",
+        standardise_target: bool = False,
+        **kwargs: Any,
     ) -> None:
         for name, path in (("train", train), ("val", val), ("test", test)):
             check_path(name, path, optional=name != "train")
-        check_choice("task", self.task, TASKS)
+        check_choice("task", task, get_args(Task))
+        check_switch("standardise_target", standardise_target)
+        if standardise_target and task != "regression":
+            raise ValueError(f"standardise_target=True is for task='regression', the task is {task!r}")
         check_number("test_fraction", test_fraction, above=0, below=1)
+        self.task, self.standardise_target = task, standardise_target
         self.paths = {"train": str(train), "val": val and str(val), "test": test and str(test)}
         self.test_fraction, self.has_test = test_fraction, test is not None
         super().__init__(**kwargs)

@@ -1,6 +1,7 @@
 """Tables: rows of numbers and categories become vectors (F,)."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_breast_cancer, load_diabetes
@@ -13,8 +14,6 @@ from ff_lightning.data.splits import Targets
 from ff_lightning.training.plain import to_plain
 from ff_lightning.util.arguments import check_choice, check_switch, shown
 
-Task = Literal["classification", "multilabel", "regression"]
-
 
 class Tabular(FileData):
     """A table of the user's own: csv, tsv, jsonl or parquet (with pandas), one sample in a row.
@@ -24,17 +23,14 @@ class Tabular(FileData):
 
     Args:
         train: File of the training samples, with the names of its columns in the first line.
-        target: Column of the target; several columns for several labels or outputs.
-        task: ``"classification"``: a column of names of classes. ``"multilabel"``: columns of 0 and 1.
-            ``"regression"``: one or more columns of numbers.
+        target: Column of the target: classes; for ``task="multilabel"`` a list of columns of 0 and 1; for
+            ``task="regression"`` one or more columns of numbers.
         categorical: Columns of categories; None: those in which less than half of the values are numbers.
         drop: Columns that are left out, such as a number of the row.
         on_missing: A value that is missing (nothing, ``NA``, ``NaN``, ``null``, ``?``) is an error (``"raise"``), or is
             filled (``"fill"``) by the mean of its column in the training split, or by no category.
         delimiter: Between the values of a line; None: a comma, in a file that ends in .tsv a tab.
-        standardise_target: Whether targets of a regression are standardised too, with the statistics of the training
-            split (`target_statistics`): errors are then in standard deviations, not in the units of the target.
-        kwargs: val, test, test_fraction, batch_size, val_fraction, seed, ...; see `FileData` and `DataModule`.
+        kwargs: val, test, test_fraction, task, batch_size, val_fraction, seed, ...; see `FileData` and `DataModule`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -45,30 +41,22 @@ class Tabular(FileData):
         self,
         train: str,
         target: list[str] | str,  # lists first: the command line takes the first type that fits
-        task: Task = "classification",
         categorical: list[str] | None = None,
         drop: list[str] | None = None,
         on_missing: OnMissing = "raise",
         delimiter: str | None = None,
-        standardise_target: bool = False,
         **kwargs: Any,
     ) -> None:
         target, categorical, drop = to_plain((target, categorical, drop))
         check_choice("on_missing", on_missing, ["raise", "fill"])
-        check_switch("standardise_target", standardise_target)
         for name, given in (("categorical", categorical), ("drop", drop)):
             if given is not None and (isinstance(given, str) or not all(isinstance(column, str) for column in given)):
                 raise ValueError(f"{name}={shown(given)}: must be a list of names of columns, or None")
         if delimiter is not None and not (isinstance(delimiter, str) and len(delimiter) == 1):
             raise ValueError(f"delimiter={delimiter!r}: must be one character, or None")
-        if standardise_target and task != "regression":
-            raise ValueError(f"standardise_target=True is for task='regression', the task is {task!r}")
-        self.task, self.target = task, target
+        self.target, self.delimiter = target, delimiter
         self.categorical, self.drop, self.on_missing = categorical or [], drop or [], on_missing
-        self.delimiter, self.standardise_target = delimiter, standardise_target
         self._columns: list[str] = []
-        if task != "classification":
-            self.class_names = [target] if isinstance(target, str) else target
         super().__init__(train=train, **kwargs)
 
     def read_file(self, path: str) -> Samples:
@@ -89,6 +77,12 @@ class Tabular(FileData):
             raise ValueError(f"{path}: has no column {first_five(missing)}, which the training samples have")
         inputs = {name: records.columns[name] for name in self._columns}
         return Samples(inputs, targets, records.path, records.lines, records.unit)
+
+    def names_of(self, samples: Samples) -> Sequence[str]:
+        """Names of the classes, or of the columns of the target."""
+        if self.task == "classification":
+            return super().names_of(samples)
+        return [self.target] if isinstance(self.target, str) else self.target
 
     def make_encoder(self) -> TableEncoder:
         """Of numbers and categories."""
@@ -142,12 +136,15 @@ class Diabetes(MemoryData):
     """
 
     task = "regression"
-    class_names = ("progression",)
 
     def __init__(self, standardise_target: bool = True, **kwargs: Any) -> None:
         check_switch("standardise_target", standardise_target)
         self.standardise_target = standardise_target
         super().__init__(**kwargs)
+
+    def names_of(self, samples: Samples) -> Sequence[str]:
+        """What the target is."""
+        return ["progression"]
 
     def read(self, split: str) -> Samples | None:
         """The table."""
