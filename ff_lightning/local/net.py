@@ -1,6 +1,6 @@
 """LocalNet: a network whose blocks learn each by its own local loss. Plain PyTorch, no Lightning in it.
 
-Shapes: B batch, C channels, H x W positions, K classes, L blocks.
+Shapes: B batch, C channels, H x W or T positions, K classes, L blocks.
 """
 
 import copy
@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ff_lightning.heads import HEADS, HeadFactory, check_head, make_head
+from ff_lightning.heads.factory import takes_mask, with_mask
+from ff_lightning.heads.layers import position_means, without_padding
 from ff_lightning.local.chain import Norm, held, run_block
 from ff_lightning.local.objectives import Loss, Objective, Place, check_loss, checked_loss, make_objective
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.votes import VOTES
 from ff_lightning.losses import LogSumExpLoss, check_classes
-from ff_lightning.partition import Block, Granularity, State, partition
+from ff_lightning.partition import Block, Example, Granularity, Inputs, State, partition
 from ff_lightning.partition.block import main_output
+from ff_lightning.partition.inputs import make_example
 from ff_lightning.partition.trace import evaluating
 from ff_lightning.util.arguments import (
     check_blocks,
@@ -45,13 +48,15 @@ class LocalNet(nn.Module):
         num_classes: K, the number of scores of each block.
         granularity: Where to cut; see `ff_lightning.partition`.
         head: ``"pooled"``, ``"deep"``, ``"paper"`` (see `PooledHead` and `GoodnessHead`), or a function (channels, K)
-            -> module from (B, C, H, W) to goodness (B, K); a parameter `size` of it is given (H, W).
-        norm: What the next block sees of a block's output: normalised over all features of an image (``"layer"``),
+            -> module from (B, C, H, W) to goodness (B, K); a parameter `size` of it is given (H, W). Signals and tokens
+            have one axis, (B, C, T), vectors none; for padding see `ff_lightning.heads.HeadFactory`.
+        norm: What the next block sees of a block's output: normalised over all features of a sample (``"layer"``),
             over the channels of each position (``"channel"``), divided by its root mean square (``"length"``), or as
-            it is (``"none"``). The head sees it as it is.
+            it is (``"none"``). The head sees it as it is. None: channel where there is a padding mask, else layer.
         vote: How the blocks decide together: ``"mean"`` of goodness, mean weighted by ``"depth"``, ``"last"`` block,
             mean ``"log_softmax"``.
-        input_shape: (C, H, W) of an image.
+        input_shape: Of a sample: (C, H, W) of an image, (F,) of a vector, (C, T) of a signal, (C, D, H, W) of a volume,
+            (T,) for the most tokens of a text.
         loss: ``"logsumexp"`` (that of Scalable Forward-Forward), ``"similarity"``, ``"predsim"``, ``"supcon"``; a
             module from goodness (B, K) and targets to a scalar; or a class or function that makes such a module, or an
             `Objective`, for each block: a parameter `place` of it is given the `Place` of the block. None: logsumexp.
@@ -59,8 +64,14 @@ class LocalNet(nn.Module):
             network is cut behind every `reach` blocks only, one block further down at each pass, so that each border
             is open half of the time or more and each block learns from the losses above it as well. Graphs of so
             many blocks are then alive at once.
+        vocabulary: Number of token ids, where a sample is a row of them, int64. A parameter of `forward` that is called
+            like a padding mask (see `Inputs`) is then one.
+        example: An input batch instead of `input_shape`, for a network with several inputs: a tuple of tensors, or a
+            dict of tensors by the names of the arguments of `forward`. Wherever x stands below, it may be a tensor, a
+            tuple or a dict alike; a padding mask that is left out masks nothing. What is masked changes nothing.
 
     Attributes:
+        inputs: What the network is called with, an `Inputs`.
         blocks: The blocks in order, each with a `name`.
         objectives: The objective of each block; those with a head have it as `head`.
         trained: Numbers of the blocks that are trained; see `train_only`.
@@ -87,34 +98,41 @@ class LocalNet(nn.Module):
         num_classes: int,
         granularity: Granularity = "block",
         head: str | HeadFactory = "pooled",
-        norm: Norm = "layer",
+        norm: Norm | None = None,
         vote: str = "mean",
         input_shape: Sequence[int] = (3, 32, 32),
         loss: Loss = None,
         reach: int = 1,
+        vocabulary: int | None = None,
+        example: Example | None = None,
     ) -> None:
         super().__init__()
         check_network("model", model)
         check_whole("num_classes", num_classes, least=2 if loss is None or isinstance(loss, str) else 1)
-        check_choice("norm", norm, get_args(Norm))
+        check_choice("norm", norm, get_args(Norm), optional=True)
         check_choice("vote", vote, VOTES)
         check_head(head)
-        check_shape("input_shape", input_shape, model)
         check_loss(loss)
-        like = next(model.parameters(), torch.zeros(0))
-        blocks = partition(model, granularity, torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype))
+        longest = None
+        if example is None:
+            check_shape("input_shape", input_shape, model if vocabulary is None else "text")
+            example, longest = make_example(model, input_shape, vocabulary), input_shape[0]
+        blocks = partition(model, granularity, example)
         if not is_whole(reach) or not 1 <= reach <= len(blocks):
             raise ValueError(f"reach={shown(reach)}: must be 1 to {len(blocks)}, the number of blocks")
         self.head_factory = HEADS[head] if isinstance(head, str) else head
         self.loss_factory = loss
         self.num_classes = num_classes
-        self.norm: Norm = norm
+        self.inputs = Inputs.of(model, example, vocabulary, longest)
+        self.norm: Norm = norm or ("channel" if self.inputs.mask else "layer")
         self.vote = vote
         self.reach = reach
         self.passes = 0
-        self.input_shape = tuple(input_shape)
+        self.input_shape = self.inputs.shape
+        self._example = self.inputs.values(example)
         self.blocks = nn.ModuleList(blocks)
         self.objectives = nn.ModuleList()
+        self._take_mask: dict[str, list[bool]] = {"forward": [], "loss_and_scores": []}
         self._add_objectives()
         self.trained = frozenset(range(len(blocks)))
         self.voters: frozenset[int] | None = None
@@ -131,12 +149,26 @@ class LocalNet(nn.Module):
         """Make the objectives of the blocks that have none yet."""
         like = next(self.parameters(), torch.zeros(0))
         for k in range(len(self.objectives), len(self.blocks)):
-            self.objectives.append(make_objective(self.loss_factory, self._place(k)).to(like.device, like.dtype))
+            objective = make_objective(self.loss_factory, self._place(k)).to(like.device, like.dtype)
+            self.objectives.append(objective)
+            for name, takes in self._take_mask.items():
+                takes.append(takes_mask(getattr(objective, name)))
+            if self.inputs.mask and not self._is_masked(k):
+                block = cast(Block, self.blocks[k])
+                warnings.warn(
+                    f"block {k} ({block.name}) has features of shape {block.map_shape}, not one for each position of "
+                    f"{self.inputs.mask}: its norm and its loss do not leave padding out",
+                    stacklevel=3,
+                )
 
     def _place(self, k: int) -> Place:
         block = cast(Block, self.blocks[k])
-        head = partial(make_head, self.head_factory, block.map_shape, self.num_classes)
-        return Place(k, len(self.blocks), block.name, block.map_shape, self.num_classes, head)
+        head = partial(make_head, self.head_factory, block.map_shape, self.num_classes, self._is_masked(k))
+        return Place(k, len(self.blocks), block.name, block.map_shape, self.num_classes, head, self._is_masked(k))
+
+    def _is_masked(self, k: int) -> bool:
+        """Whether there may be padding among the positions of block k: there is one for each of the mask."""
+        return self.inputs.mask is not None and cast(Block, self.blocks[k]).map_shape[1:] == self.inputs.positions
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -175,17 +207,19 @@ class LocalNet(nn.Module):
 
         Args:
             name: Of the new part: its blocks are called ``name.…``.
-            model: Network from the normalised features of the last block; it is cut like the first one.
+            model: Network from the normalised features of the last block alone; it is cut like the first one.
             granularity: Where to cut it; see `ff_lightning.partition`.
 
         Returns:
             The numbers of the new blocks, for `train_only`.
         """
         like = next(self.parameters(), torch.zeros(0))
+        values = [value.to(like if value.is_floating_point() else like.device) for value in self._example]
         with evaluating(self):
-            state: State = torch.zeros(1, *self.input_shape, device=like.device, dtype=like.dtype)
+            state = _state(values)
             for k, block in enumerate(cast(Iterable[Block], self.blocks)):
-                state, _ = run_block(k, block, state, self.norm, detach=True, for_head=False)
+                mask = self.inputs.valid(values) if self._is_masked(k) else None
+                state, _ = run_block(k, block, state, self.norm, detach=True, for_head=False, mask=mask)
         added = partition(nn.Sequential(OrderedDict([(name, model)])), granularity, main_output(state))
         first = len(self.blocks)
         self.blocks.extend(added)
@@ -238,7 +272,7 @@ class LocalNet(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------ the passes
 
-    def local_features(self, x: Tensor) -> Iterator[Tensor]:
+    def local_features(self, x: Example) -> Iterator[Tensor]:
         """The normalised features (B, C, H, W) of one block after the other; the next block runs when it is asked for.
 
         Only the block's own graph hangs on each: what enters a block is detached.
@@ -247,12 +281,18 @@ class LocalNet(nn.Module):
             x: Images, (B, C, H, W).
 
         Raises:
-            ValueError: If the images have another number of channels than `input_shape`, or if a batch norm gets a
-                single value per channel.
+            ValueError: If the inputs have another shape or dtype than the network was built for, or if a batch norm gets
+                a single value per channel.
         """
-        return self._pass(x, range(len(self.blocks)), for_head=False)
+        for features, mask in self._pass(x, range(len(self.blocks)), for_head=False):
+            yield features if mask is None else without_padding(features, mask)
 
-    def local_goodness(self, x: Tensor) -> Iterator[Tensor]:
+    def representation(self, x: Example) -> Tensor:
+        """The normalised features of all blocks, averaged over the positions: (B, sum of channels)."""
+        passing = self._pass(x, range(len(self.blocks)), for_head=False)
+        return torch.cat([position_means(features, mask) for features, mask in passing], 1)
+
+    def local_goodness(self, x: Example) -> Iterator[Tensor]:
         """The goodness (B, K) of one block after the other; the next block runs when it is asked for.
 
         Only the graph of the block and its head hangs on each.
@@ -265,21 +305,24 @@ class LocalNet(nn.Module):
         """
         passing = self._pass(x, range(len(self.blocks)))
         for k in range(len(self.blocks)):
-            features = next(passing)
+            features, mask = next(passing)
             with self._mode_of(k):
-                goodness = self.objectives[k](features)
+                goodness = with_mask(self.objectives[k], self._take_mask["forward"][k], features, mask)
             del features  # the output of this block is not to be alive while the next one runs
             yield goodness
 
-    def _pass(self, x: Tensor, borders: Container[int], for_head: bool = True) -> Iterator[Tensor]:
-        """Features of one block after the other; what leaves a block of `borders` is detached."""
-        if x.ndim != len(self.input_shape) + 1 or x.shape[1] != self.input_shape[0]:
-            raise ValueError(f"images of shape {tuple(x.shape[1:])}: the network was built for {self.input_shape}")
-        state: State = x
-        for k, block in enumerate(self.blocks):
+    def _pass(
+        self, x: Example, borders: Container[int], for_head: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Features of one block after the other, and their mask; what leaves a block of `borders` is detached."""
+        values = self.inputs.values(x)
+        valid = self.inputs.valid(values)
+        state = _state(values)
+        for k, block in enumerate(cast(Iterable[Block], self.blocks)):
+            mask = valid if self._is_masked(k) else None
             with self._mode_of(k):
-                state, features = run_block(k, cast(Block, block), state, self.norm, k in borders, for_head)
-            yield features
+                state, features = run_block(k, block, state, self.norm, k in borders, for_head, mask)
+            yield features, mask
             del features
 
     def _mode_of(self, k: int) -> AbstractContextManager[None]:
@@ -289,16 +332,19 @@ class LocalNet(nn.Module):
         """
         return nullcontext() if k in self.trained else held((self.blocks[k], self.objectives[k]))
 
-    def _losses(self, x: Tensor, y: Tensor, see: Callable[[int, Tensor], None] | None) -> Iterator[tuple[Tensor, bool]]:
+    def _losses(
+        self, x: Example, y: Tensor, see: Callable[[int, Tensor], None] | None
+    ) -> Iterator[tuple[Tensor, bool]]:
         """The loss of one block after the other with its graph, and whether a border follows."""
         self._check_target(y)
         borders = self._borders()
         self.passes += torch.is_grad_enabled()
         passing = self._pass(x, borders)
         for k in range(max(self.trained) + 1):
-            features = next(passing)
+            features, mask = next(passing)
+            evaluate = cast(Objective, self.objectives[k]).loss_and_scores
             with self._mode_of(k):
-                loss, scores = cast(Objective, self.objectives[k]).loss_and_scores(features, y)
+                loss, scores = with_mask(evaluate, self._take_mask["loss_and_scores"][k], features, mask, y)
             del features  # the output of this block is not to be alive while the next one runs
             if see is not None and scores is not None:
                 see(k, scores.detach())
@@ -317,7 +363,7 @@ class LocalNet(nn.Module):
 
     # ----------------------------------------------------------------------------------------------------- the learning
 
-    def updates(self, x: Tensor, y: Tensor, see: Callable[[int, Tensor], None] | None = None) -> Iterator[Update]:
+    def updates(self, x: Example, y: Tensor, see: Callable[[int, Tensor], None] | None = None) -> Iterator[Update]:
         """The updates of one block after the other; the next block runs when the next update is asked for.
 
         Call backward on its loss (and step its units) in between, and only one graph is ever alive. There is none for
@@ -344,7 +390,7 @@ class LocalNet(nn.Module):
                 units.clear()
                 losses.clear()
 
-    def local_losses(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    def local_losses(self, x: Example, y: Tensor) -> Iterator[Tensor]:
         """The local loss of one block after the other, each with the graph of its own block.
 
         The next block runs when the next loss is asked for: call backward (and step) in between, and only one graph
@@ -368,7 +414,7 @@ class LocalNet(nn.Module):
                 joined.append(loss)
                 yield loss.detach()
 
-    def delivered_losses(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+    def delivered_losses(self, x: Example, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """The local losses of the trained blocks as one vector, for any ordinary training loop.
 
         The local gradients are computed here, block after block, so that the graph of only one block (of at most
@@ -385,13 +431,13 @@ class LocalNet(nn.Module):
         parameters = [self.block_parameters(k) for k in range(len(self.blocks))]
         return deliver(self.updates(x, y), parameters, scaler).losses
 
-    def loss(self, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+    def loss(self, x: Example, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """The sum of the local losses, as one scalar for any ordinary training loop; see `delivered_losses`."""
         return self.delivered_losses(x, y, scaler).sum()
 
     # ------------------------------------------------------------------------------------------------------ the answers
 
-    def goodness(self, x: Tensor) -> Tensor:
+    def goodness(self, x: Example) -> Tensor:
         """Goodness of each class at each block.
 
         Args:
@@ -402,7 +448,7 @@ class LocalNet(nn.Module):
         """
         return torch.stack(list(self.local_goodness(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Example) -> Tensor:
         """Scores of the classes after the vote of the blocks: (B, C, H, W) -> (B, K); the highest one wins."""
         return self.decide(self.goodness(x))
 
@@ -410,6 +456,10 @@ class LocalNet(nn.Module):
         """The vote of the blocks: goodness (L, B, K) -> scores (B, K)."""
         voters = sorted(self.voters) if self.voters is not None else range(len(goodness))
         return VOTES[self.vote](goodness if self.voters is None else goodness[voters], voters)
+
+
+def _state(values: Sequence[Tensor]) -> State:
+    return tuple(values) if len(values) > 1 else values[0]
 
 
 def _number(block: int | str, names: Sequence[str]) -> int:

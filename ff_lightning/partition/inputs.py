@@ -36,6 +36,7 @@ class Inputs:
         shape: Of a sample of the main input.
         tokens: Whether the main input holds token ids: whole numbers, (B, T).
         vocabulary: Number of different ids; None: not known.
+        longest: Most ids of a sample; None: not known.
         mask: Name of the padding mask (B, T), if there is one: ``attention_mask`` or ``mask``, true or 1 at the
             positions that count, or PyTorch's ``key_padding_mask``, true at the others.
         mask_dtype: What the network is given it as.
@@ -47,12 +48,15 @@ class Inputs:
     shape: tuple[int, ...]
     tokens: bool
     vocabulary: int | None = None
+    longest: int | None = None
     mask: str | None = None
     mask_dtype: torch.dtype = torch.bool
     mask_dim: int = 1
 
     @classmethod
-    def of(cls, model: nn.Module, example: Example, vocabulary: int | None = None) -> "Inputs":
+    def of(
+        cls, model: nn.Module, example: Example, vocabulary: int | None = None, longest: int | None = None
+    ) -> "Inputs":
         """Read off an example what a network takes.
 
         Raises:
@@ -64,7 +68,8 @@ class Inputs:
             raise ValueError(f"example: {name} of shape {tuple(main.shape)}: must be a batch of one or more")
         mask = next((other for other in given if other in MASKS and other != name and given[other].ndim == 2), None)
         tokens = main.ndim == 2 and not main.is_floating_point()
-        inputs = cls(tuple(given), isinstance(example, Mapping), tuple(main.shape[1:]), tokens, vocabulary, mask)
+        by_name, shape = isinstance(example, Mapping), tuple(main.shape[1:])
+        inputs = cls(tuple(given), by_name, shape, tokens, vocabulary, longest, mask)
         if mask is None:
             return inputs
         dims = [d for d in range(1, main.ndim) if (len(main), main.shape[d]) == given[mask].shape]
@@ -92,6 +97,11 @@ class Inputs:
             given[self.mask] = self._as_mask(given[self.mask], given[self.names[0]])
         return tuple(given[name] for name in self.names)
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """How many positions the mask has."""
+        return () if self.mask is None else (self.shape[self.mask_dim - 1],)
+
     def valid(self, values: Sequence[Tensor]) -> Tensor | None:
         """True at the positions (B, T) that are no padding, of what `values` returned; None without a mask."""
         if self.mask is None:
@@ -108,7 +118,11 @@ class Inputs:
         if self.tokens:
             if main.ndim != 2 or main.is_floating_point() or main.dtype == torch.bool:
                 raise ValueError(f"{name} of shape {tuple(main.shape)} and {main.dtype}: must be ids (B, T), int64")
-            if self.vocabulary is not None and main.device.type == "cpu" and main.numel():
+            if self.longest is not None and main.shape[1] > self.longest:
+                raise ValueError(f"{name} of shape {tuple(main.shape)}: must be of {self.longest} ids or fewer")
+            if self.vocabulary is None or torch.compiler.is_compiling():
+                return
+            if main.device.type == "cpu" and main.numel():
                 lowest, highest = int(main.min()), int(main.max())
                 if lowest < 0 or highest >= self.vocabulary:
                     wrong, most = lowest if lowest < 0 else highest, self.vocabulary - 1
@@ -131,6 +145,9 @@ class Inputs:
 def make_example(model: nn.Module, shape: Sequence[int], vocabulary: int | None = None) -> Example:
     """An example of one sample: zeros, or ids of a vocabulary with a padding mask where `forward` takes one."""
     like = next(model.parameters(), torch.zeros(0))
+    first_layer = next((m for m in model.modules() if any(True for _ in m.parameters(recurse=False))), None)
+    if vocabulary is None and isinstance(first_layer, nn.Embedding) and len(shape) == 1:
+        raise ValueError("vocabulary=None: the network begins with an embedding: give the number of token ids")
     if vocabulary is None:
         return torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
     ids = torch.arange(shape[0], device=like.device)[None] % vocabulary
