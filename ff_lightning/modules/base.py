@@ -28,7 +28,6 @@ from torch.optim import Optimizer
 
 from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.local.updates import Update, deliver
-from ff_lightning.partition import Block
 from ff_lightning.tasks import Task, Unlabelled
 from ff_lightning.training import checks
 from ff_lightning.training.factories import to_factory, to_task
@@ -170,8 +169,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         self.to(memory_format=self._memory_format)
         if self._compile:
             for module in (module for modules in self._units for module in modules):
-                # blocks share one forward, and a limit of recompilations with it
-                (module.body if isinstance(module, Block) else module).compile()
+                module.compile()
         self.make_metrics()
 
     @property

@@ -99,7 +99,7 @@ class SFF(LocalLearner):
         """The updates of the blocks, from the input on."""
         inputs, target = self.inputs_and_target(batch)
         scores: list[Tensor] = []
-        yield from self.net.updates(inputs[0], target, lambda k, of_block: scores.append(of_block))
+        yield from self.net.updates(inputs[0], target, lambda k, of_block: scores.append(of_block), self.scaler)
         if len(scores) == len(self.net.blocks):
             self.report_scores(torch.stack(scores), target)
 
