@@ -79,6 +79,12 @@ def check_path(argument: str, value: Any, optional: bool = False) -> None:
         raise ValueError(f"{argument}={shown(value)}: must be a path{_or_none(optional)}")
 
 
+def check_delimiter(value: Any) -> None:
+    """Raise ValueError unless a value is one character, or None."""
+    if value is not None and not (isinstance(value, str) and len(value) == 1):
+        raise ValueError(f"delimiter={shown(value)}: must be one character, or None")
+
+
 def check_shape(argument: str, value: Any, model: Any = None) -> None:
     """Raise ValueError unless a value is the shape of a sample: (C, H, W), or what else `model` takes.
 
