@@ -140,7 +140,7 @@ def test_a_head_from_the_command_line_is_told_the_size_of_its_map(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     run(*DIGITS, "--model.head", "PooledHead", "--model.head.width", "5")
     stored = torch.load(checkpoint("."), weights_only=True)["state_dict"]
-    shapes = [stored[f"net.heads.{k}.classes.weight"].shape for k in range(3)]
+    shapes = [stored[f"net.objectives.{k}.head.classes.weight"].shape for k in range(3)]
     assert shapes == [(10, 5 * 4 * 4), (10, 5 * 2 * 2), (10, 5 * 2 * 2)], "the last pooling goes with the classifier"
 
 
