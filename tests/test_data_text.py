@@ -187,7 +187,9 @@ def test_folders_that_are_not_as_they_should_be(write, tmp_path):
 
 def test_without_the_library_it_says_what_to_install(monkeypatch, write):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"Text needs the library tokenizers: pip install ff-lightning\[text\]"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"Text needs the library tokenizers: pip install ff-lightning\[text\]"
+    ):
         data.Text(write())
 
 

@@ -36,7 +36,7 @@ class TextEncoder:
         length: T.
 
     Raises:
-        ImportError: If the library tokenizers is not there.
+        ModuleNotFoundError: If the library tokenizers is not there.
     """
 
     statistics = None
@@ -76,7 +76,7 @@ def _make_tokenizer(level: Level) -> Any:
     try:
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     except ImportError as error:
-        raise ImportError("Text needs the library tokenizers: pip install ff-lightning[text]") from error
+        raise ModuleNotFoundError("Text needs the library tokenizers: pip install ff-lightning[text]") from error
     if level == "word":
         tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
         tokenizer.normalizer = normalizers.Lowercase()
@@ -111,7 +111,7 @@ class Text(FileData):
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
-        ImportError: If the library tokenizers is not there.
+        ModuleNotFoundError: If the library tokenizers is not there.
         ValueError: If an argument or a file is not as it should be; line and column are named.
     """
 
