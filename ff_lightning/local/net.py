@@ -167,8 +167,8 @@ class LocalNet(nn.Module):
         return Place(k, len(self.blocks), block.name, block.map_shape, self.num_classes, head, self._is_masked(k))
 
     def _is_masked(self, k: int) -> bool:
-        """Whether there may be padding among the positions of block k: there is one for each of the mask."""
-        return self.inputs.mask is not None and cast(Block, self.blocks[k]).map_shape[1:] == self.inputs.positions
+        """Whether there may be padding among the positions of block k."""
+        return self.inputs.covers(cast(Block, self.blocks[k]).map_shape)
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -281,8 +281,8 @@ class LocalNet(nn.Module):
             x: Images, (B, C, H, W).
 
         Raises:
-            ValueError: If the inputs have another shape or dtype than the network was built for, or if a batch norm gets
-                a single value per channel.
+            ValueError: If the inputs have another shape or dtype than the network was built for, or if a batch norm
+                gets a single value per channel.
         """
         for features, mask in self._pass(x, range(len(self.blocks)), for_head=False):
             yield features if mask is None else without_padding(features, mask)
