@@ -81,14 +81,10 @@ def _check_goodness(name: str, head: nn.Module, map_shape: Sequence[int], num_cl
     """Raise ValueError unless a head gives a goodness for each of two images and each class."""
     like = next(head.parameters(), torch.zeros(0))
     features = torch.zeros(2, *map_shape, device=like.device, dtype=like.dtype)
-    mask = (
-        [torch.ones(2, *map_shape[1:], dtype=torch.bool, device=like.device)]
-        if masked and takes_mask(head.forward)
-        else []
-    )
+    mask = torch.ones(2, *map_shape[1:], dtype=torch.bool, device=like.device) if masked else None
     try:
         with evaluating(head):
-            goodness = head(features, *mask)
+            goodness = with_mask(head, takes_mask(head.forward), features, mask)
             if features._version:  # what the next block sees is not to change with it
                 head.register_forward_pre_hook(_on_a_copy)
     except Exception as error:

@@ -63,8 +63,8 @@ class LocalBlocks(nn.Module):
         return Place(k, len(self.blocks), block.name, block.map_shape, self.num_classes, head, self._is_masked(k))
 
     def _is_masked(self, k: int) -> bool:
-        """Whether there may be padding among the positions of block k: there is one for each of the mask."""
-        return self.inputs.mask is not None and cast(Block, self.blocks[k]).map_shape[1:] == self.inputs.positions
+        """Whether there may be padding among the positions of block k."""
+        return self.inputs.covers(cast(Block, self.blocks[k]).map_shape)
 
     @property
     def heads(self) -> nn.ModuleList:

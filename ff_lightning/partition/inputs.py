@@ -97,10 +97,9 @@ class Inputs:
             given[self.mask] = self._as_mask(given[self.mask], given[self.names[0]])
         return tuple(given[name] for name in self.names)
 
-    @property
-    def positions(self) -> tuple[int, ...]:
-        """How many positions the mask has."""
-        return () if self.mask is None else (self.shape[self.mask_dim - 1],)
+    def covers(self, map_shape: Sequence[int]) -> bool:
+        """Whether the mask has a place for each position of features of a shape (C, T)."""
+        return self.mask is not None and tuple(map_shape[1:]) == (self.shape[self.mask_dim - 1],)
 
     def valid(self, values: Sequence[Tensor]) -> Tensor | None:
         """True at the positions (B, T) that are no padding, of what `values` returned; None without a mask."""
@@ -162,7 +161,9 @@ def make_example(model: nn.Module, shape: Sequence[int], vocabulary: int | None 
 
 
 def _named(inputs: Any, names: Sequence[str]) -> dict[str, Any]:
-    """What was given, by name."""
+    """What was given, by name; a tuple of one is that one."""
+    if isinstance(inputs, tuple | list) and len(inputs) == 1:
+        inputs = inputs[0]
     if isinstance(inputs, Mapping):
         return dict(inputs)
     in_order = list(inputs) if isinstance(inputs, tuple | list) else [inputs]
