@@ -81,10 +81,10 @@ def region_means(features: Tensor, regions: tuple[int, int]) -> Tensor:
 
     On a CPU, half its time or less: large regions are summed line by line, small ones by one matrix product.
     """
-    size = tuple(features.shape[2:])
+    size = tuple(features.shape[2:])  # no plain numbers where a network is traced for any size
     if size == regions:
         return features
-    if features.device.type != "cpu" or not features.is_contiguous():
+    if features.device.type != "cpu" or not features.is_contiguous() or not all(type(side) is int for side in size):
         return F.adaptive_avg_pool2d(features, regions)
     (lines, no_line), (width, no_column) = (divmod(side, part) for side, part in zip(size, regions, strict=True))
     if width >= 8 and no_line == no_column == 0:
