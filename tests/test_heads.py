@@ -35,7 +35,7 @@ def test_a_head_that_works_in_place_changes_nothing_but_its_own_input(norm, reac
         assert torch.equal(one.grad, two.grad), name
 
 
-# --------------------------------------------------------------------------------------- whole networks, as one passes them
+# -------------------------------------------------------------------------------------------------- whole networks
 
 
 def plain_network():
