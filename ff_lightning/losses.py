@@ -3,11 +3,16 @@
 Shapes: B batch, K classes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ff_lightning.util.arguments import check_number
+
+IGNORED = -100
+"""A target that does not count, as in PyTorch."""
 
 
 def logsumexp_loss(goodness: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -62,7 +67,7 @@ class LogSumExpLoss(nn.Module):
 
     def forward(self, goodness: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch; see `logsumexp_loss`. 0 where no image counts."""
-        ignored = -100 if self.ignore_index is None else self.ignore_index
+        ignored = IGNORED if self.ignore_index is None else self.ignore_index
         loss = F.cross_entropy(
             goodness.float(),
             target,
@@ -73,6 +78,49 @@ class LogSumExpLoss(nn.Module):
         if self.ignore_index is None:
             return loss
         return torch.where((target == ignored).all(), torch.zeros_like(loss), loss)  # of no image at all: 0 / 0
+
+
+class LabelLoss(nn.Module):
+    """The binary cross-entropy with logits, of scores (B, K) and labels (B, K) of any dtype; float32."""
+
+    weights: Tensor | None
+
+    def __init__(self, weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        own = None if weights is None else torch.tensor([float(weight) for weight in weights])
+        self.register_buffer("weights", own, persistent=False)
+
+    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
+        """Mean over samples and labels."""
+        return F.binary_cross_entropy_with_logits(scores.float(), target.float(), pos_weight=self.weights)
+
+
+class NumberLoss(nn.Module):
+    """The mean squared error, or Huber's, of scores (B, K) and targets (B, K) or (B,); float32."""
+
+    def __init__(self, robust: bool = False) -> None:
+        super().__init__()
+        self.robust = robust
+
+    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
+        """Mean over samples and numbers."""
+        target = target.reshape(scores.shape).float()
+        return F.huber_loss(scores.float(), target) if self.robust else F.mse_loss(scores.float(), target)
+
+
+class NextTokenLoss(nn.Module):
+    """The softmax cross-entropy of scores (B, T, K) at each place and the token id behind it in (B, T); float32.
+
+    Ids `IGNORED` do not count; 0 where none counts.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.each = LogSumExpLoss(label_smoothing, ignore_index=IGNORED)
+
+    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
+        """Mean over the tokens that count."""
+        return self.each(scores[:, :-1].flatten(0, 1), target[:, 1:].flatten())
 
 
 def check_classes(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:

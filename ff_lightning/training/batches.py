@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ff_lightning.tasks import kind_of
+from ff_lightning.util.arguments import kind_of
 
 TARGETS = ("label", "labels", "target", "targets", "class", "y")
 """Keys under which a batch that is a dict holds its targets."""

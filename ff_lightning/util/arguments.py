@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from ff_lightning.util.suggest import closest, unknown
 
@@ -22,6 +22,20 @@ def shown(value: object) -> str:
     """
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def kind_of(value: Any) -> str:
+    """What something is, for an error message."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return f"a {type(value).__name__} with the keys {list(value)[:5]}"
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    if isinstance(value, list | tuple):
+        kinds = [type(part).__name__ for part in value[:5]]
+        return f"a {type(value).__name__} of {len(value)} parts ({', '.join(kinds)}{', ...' if len(value) > 5 else ''})"
+    return f"a {type(value).__name__}"
 
 
 def is_whole(value: object) -> bool:
@@ -77,6 +91,12 @@ def check_path(argument: str, value: Any, optional: bool = False) -> None:
     """Raise ValueError unless a value is a path that is not empty, or None where that is allowed."""
     if not (optional and value is None) and not (isinstance(value, str | os.PathLike) and os.fspath(value)):
         raise ValueError(f"{argument}={shown(value)}: must be a path{_or_none(optional)}")
+
+
+def check_delimiter(value: Any) -> None:
+    """Raise ValueError unless a value is one character, or None."""
+    if value is not None and not (isinstance(value, str) and len(value) == 1):
+        raise ValueError(f"delimiter={shown(value)}: must be one character, or None")
 
 
 def check_shape(argument: str, value: Any, model: Any = None) -> None:
