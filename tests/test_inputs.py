@@ -234,7 +234,7 @@ def test_examples_that_do_not_fit(example, message):
         ((IDS, MASK[:, 1:]), r"attention_mask of shape \(2, 8\): must be \(2, 9\), one for each position of input_ids"),
         ((IDS, MASK.float()), "attention_mask of torch.float32: must be bool or whole numbers"),
         ((IDS, MASK, MASK), r"inputs \{.*'input 2': \(2, 9\)\}: the network was built for tensors \['input_ids'"),
-        ({"ids": IDS}, r"inputs \{'ids': \(2, 9\)\}: the network was built for"),
+        ({"ids": IDS, "more": IDS}, r"inputs \{'ids': \(2, 9\), 'more'.*the network was built for"),
         ({"input_ids": IDS, "attention_mask": None}, "'attention_mask': 'None'"),
         ("text", "the network was built for tensors"),
     ],
@@ -281,8 +281,8 @@ def test_a_padded_batch_equals_its_texts_one_by_one(norm, head, loss):
         mask = PADDED if side == "right" else PADDED.flip(1)
         ids = torch.zeros_like(TEXTS).masked_scatter(mask, TEXTS[PADDED])
         alone = [TEXTS[i : i + 1, :n] for i, n in enumerate(LENGTHS)]
-        padded = {"ids": ids, "mask": mask}
-        other = {"ids": ids.masked_fill(~mask, 49), "mask": mask.long()}
+        padded = {"input_ids": ids, "attention_mask": mask}
+        other = {"ids": ids.masked_fill(~mask, 49), "key_padding_mask": ~mask}
         scores = net.eval().goodness(padded)
         torch.testing.assert_close(scores, torch.cat([net.goodness(x) for x in alone], 1))
         assert torch.equal(scores, net.goodness((other["ids"], mask)))
@@ -379,7 +379,7 @@ def test_blocks_are_put_on_top_of_a_masked_network():
 
 def test_a_masked_network_goes_through_export():
     net = text_net().export()
-    batch = {"ids": TEXTS, "mask": PADDED}
+    batch = {"input_ids": TEXTS, "attention_mask": PADDED}
     program = torch.export.export(net, (batch,))
     torch.testing.assert_close(program.module()(batch), net(batch))
 
@@ -399,5 +399,5 @@ def test_networks_of_tokens_that_do_not_fit(changes, message):
 
 
 def test_a_text_that_is_too_long():
-    with pytest.raises(ValueError, match=r"ids of shape \(1, 13\): must be of 12 ids or fewer"):
+    with pytest.raises(ValueError, match=r"input_ids of shape \(1, 13\): must be of 12 ids or fewer"):
         text_net()(torch.zeros(1, 13, dtype=torch.int64))

@@ -194,9 +194,9 @@ def _read_parquet(path: str) -> Records:
 
         frame = pd.read_parquet(Path(path).expanduser())
     except ImportError as error:
-        raise ImportError(f"{path}: to read parquet needs pandas and pyarrow: pip install ff-lightning[parquet]") from (
-            error
-        )
+        raise ModuleNotFoundError(
+            f"{path}: to read parquet needs pandas and pyarrow: pip install ff-lightning[parquet]"
+        ) from (error)
     except Exception as error:  # whatever a damaged file leads to
         raise OSError(f"{path}: the file cannot be read: {error}") from error
     columns = {}
