@@ -91,7 +91,7 @@ def test_another_format_gives_the_same_samples(ending, write, tmp_path):
 
 def test_parquet_without_pandas_says_what_to_install(monkeypatch, write):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"table.parquet: .*pip install ff-lightning\[parquet\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"table.parquet: .*pip install ff-lightning\[parquet\]"):
         data.Tabular(write("", "table.parquet"), "kind")
 
 
