@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ff_lightning import FF, data, views
+from ff_lightning import FF, LocalNet, data, views
 from ff_lightning.callbacks import Thresholds
 from ff_lightning.cli import main
 from ff_lightning.local.ffnet import FFNet, PassThroughReLU, mlp
@@ -103,7 +103,9 @@ class TestNegatives:
             assert k in found
         torch.testing.assert_close(mixed - mixed.floor(), (x - x.floor()))
 
-    @pytest.mark.parametrize(("shape", "message"), [((4, 9), r"images.*\(4, 9\)"), ((1, 1, 4, 4), "another batch_size")])
+    @pytest.mark.parametrize(
+        ("shape", "message"), [((4, 9), r"images.*\(4, 9\)"), ((1, 1, 4, 4), "another batch_size")]
+    )
     def test_hybrids_need_images_and_two_of_them(self, shape, message):
         with pytest.raises(ValueError, match=message):
             views.hybrids(torch.rand(shape))
@@ -159,9 +161,8 @@ class TestNet:
         assert goodness.shape == (2, 5, 10)
         for label in range(10):
             h = net.with_label(x, torch.full((5,), label))
-            for k, features in enumerate(net._pass(h, range(2))):
-                features = features[0] if isinstance(features, tuple) else features
-                torch.testing.assert_close(net.objectives[k](features), goodness[k, :, label])
+            for k, logits in enumerate(LocalNet.local_goodness(net, h)):
+                torch.testing.assert_close(logits, goodness[k, :, label])
 
     def test_inputs_have_mean_square_1(self):
         seen = network().with_label(torch.rand(3, 1, 8, 8) * 100)
@@ -225,17 +226,19 @@ def test_labels_beside_the_input_are_learnt(label, make_trainer):
 
 def test_hybrids_are_learnt_without_labels(make_trainer):
     images = data.Digits(batch_size=32, augment=False)
-    model = FF(widths=[60, 60], negatives="hybrid", task="Unlabelled", input_shape=(1, 8, 8), lr=1e-2)
+    model = FF(widths=[60, 60], negatives="hybrid", task="Unlabelled", input_shape=(1, 8, 8))
     trainer = make_trainer(max_epochs=4, limit_train_batches=20)
-    x = torch.rand(640, 1, 8, 8).cumsum(2)
-    trainer.fit(model, DataLoader(x, batch_size=32), DataLoader(x[:64], batch_size=32))
-    assert "val/loss" in trainer.callback_metrics
-    assert trainer.callback_metrics["train/loss"] < math.log(2)
+    images.setup("fit")
+    loaders = [DataLoader(torch.cat([x for x, _ in loader]), batch_size=32) for loader in
+               (images.train_dataloader(), images.val_dataloader())]  # fmt: skip
+    before = trainer.validate(model, loaders[1], verbose=False)[0]["val/loss"]
+    trainer.fit(model, *loaders)
+    assert trainer.callback_metrics["val/loss"] < before / 2
     with_labels = FF(widths=[60, 60], negatives="hybrid", **SHAPE, lr=1e-2)
     trainer = make_trainer(max_epochs=5, limit_train_batches=1.0, limit_val_batches=1.0)
     trainer.fit(with_labels, images)
     logged = trainer.callback_metrics
-    assert logged["val/acc"] == logged["val/readout_acc"] > 0.8
+    assert logged["val/acc"] == logged["val/readout_acc"] > 0.7
     with pytest.raises(ValueError, match="negatives='uniform' are wrong labels: without labels give 'hybrid'"):
         FF(task="Unlabelled", input_shape=(1, 8, 8))
 

@@ -194,12 +194,18 @@ class FFNet(LocalNet):
             both = self.with_label(torch.cat([x, x]), torch.cat([target, wrong]))
         return both, torch.cat([x.new_ones(len(x)), x.new_zeros(len(x))])
 
-    def _losses(self, x: Tensor, y: Tensor, see: Callable[[int, Tensor], None] | None) -> Iterator[tuple[Tensor, bool]]:
-        return super()._losses(*self.pairs(x, y), None)
+    def _losses(  # type: ignore[override]  # a label goes into a single tensor
+        self,
+        x: Tensor,
+        y: Tensor,
+        see: Callable[[int, Tensor], None] | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> Iterator[tuple[Tensor, bool]]:
+        return super()._losses(*self.pairs(x, y), None, scaler)
 
     # --------------------------------------------------------------------------------------------------------- answers
 
-    def local_goodness(self, x: Tensor) -> Iterator[Tensor]:
+    def local_goodness(self, x: Tensor) -> Iterator[Tensor]:  # type: ignore[override]
         """How well each label goes with the input, at one block after the other: (B, K) each, float32.
 
         With hybrid negatives, which know no label, the block's part in the scores of the read-out.
