@@ -144,7 +144,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         self.accumulate = accumulate
         self.phases = 1
         self._compile = compile
-        self._memory_format = checks.MEMORY_FORMATS[memory_format]
+        self._memory_format = memory_format
         self._units: list[list[nn.Module]] = []
 
     # ------------------------------------------------------------------------------------------------------ of a method
@@ -172,7 +172,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         """
         self._units = [list(modules) for modules in units.values()]
         self.unit_names = list(units)
-        self.to(memory_format=self._memory_format)
+        self.to(memory_format=checks.MEMORY_FORMATS[self._memory_format])
         if self._compile:
             for module in (module for modules in self._units for module in modules):
                 # blocks share one forward, and a limit of recompilations with it
