@@ -85,7 +85,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         self,
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,
-        task: str | Callable[[], Task] | None = None,
+        task: Literal["Classification", "MultiLabel", "Regression", "Unlabelled"] | Callable[[], Task] | None = None,
         metrics: list[str] | None = None,
         optimizer: OptimizerCallable | None = None,
         lr: float | None = None,
