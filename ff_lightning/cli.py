@@ -25,7 +25,7 @@ from ff_lightning.modules import LocalLearner
 from ff_lightning.training.checkpoint_io import is_remote
 from ff_lightning.training.trust import check_stored
 
-_FROM_DATA = ("num_classes", "input_shape", "task")
+_FROM_DATA = ("num_classes", "input_shape", "vocabulary", "task")
 
 
 class _Parser(LightningArgumentParser):

@@ -20,7 +20,7 @@ from ff_lightning.tasks import TASKS
 from ff_lightning.training.plain import make_plain
 from ff_lightning.util.arguments import shown
 
-COMPUTING = ("backbone", "stem", "num_classes", "input_shape", "granularity", "head", "norm", "task")
+COMPUTING = ("backbone", "stem", "num_classes", "input_shape", "vocabulary", "granularity", "head", "norm", "task")
 """Arguments that change what the network computes: they must be those of the checkpoint."""
 _TRAINING = (
     *("optimizer", "lr", "lr_decay", "lr_scheduler", "lr_interval", "optimization", "clip_norm", "clip_value"),
