@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ff_lightning.heads.layers import without_padding
 from ff_lightning.heads.pooled import PooledHead
 from ff_lightning.heads.squared import GoodnessHead
+from ff_lightning.heads.tokens import TokenHead
 from ff_lightning.partition.trace import evaluating
 from ff_lightning.util.arguments import check_choice, shown
 
@@ -26,6 +27,7 @@ HEADS: dict[str, HeadFactory] = {
     "pooled": PooledHead,
     "deep": GoodnessHead,
     "paper": partial(GoodnessHead, depth=0, temperature=1.0),
+    "tokens": TokenHead,
 }
 
 
@@ -89,7 +91,10 @@ def _check_goodness(name: str, head: nn.Module, map_shape: Sequence[int], num_cl
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name} fails for features of shape {tuple(features.shape)}: {why}") from error
     shape = tuple(goodness.shape) if isinstance(goodness, Tensor) else shown(goodness)
-    if shape != (2, num_classes) or not goodness.is_floating_point():
+    of_tokens = (
+        (2, *map_shape[1:], num_classes) if len(map_shape) == 2 else None
+    )  # scores of each, for a language model
+    if shape not in ((2, num_classes), of_tokens) or not goodness.is_floating_point():
         raise ValueError(
             f"{name} makes {shape} of features {tuple(features.shape)}: it must make goodness of shape "
             f"{(2, num_classes)}, for each image and each class a floating-point number"

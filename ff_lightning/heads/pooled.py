@@ -89,8 +89,8 @@ def region_means(features: Tensor, regions: tuple[int, ...]) -> Tensor:
     size = tuple(features.shape[2:])  # no plain numbers where a network is traced for any size
     if size == regions:
         return features
-    on_cpu = len(regions) == 2 and features.device.type == "cpu" and features.is_contiguous()
-    if not on_cpu or not all(type(side) is int for side in size):
+    plain = features.is_contiguous() and all(type(side) is int for side in size)
+    if len(regions) != 2 or features.device.type != "cpu" or not plain:
         return _MEANS[len(regions) - 1](features, regions)
     (lines, no_line), (width, no_column) = (divmod(side, part) for side, part in zip(size, regions, strict=True))
     if width >= 8 and no_line == no_column == 0:

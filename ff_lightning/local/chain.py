@@ -3,15 +3,16 @@
 Shapes: B batch, C channels, H x W or T positions.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ff_lightning.partition import Block, State
+from ff_lightning.partition import Block, Hooked, State
 from ff_lightning.partition.block import main_output
 from ff_lightning.partition.trace import evaluating
 
@@ -70,19 +71,73 @@ def run_block(
     except (ValueError, IndexError) as error:  # an id that an embedding does not have
         raise ValueError(f"block {number} ({block.name}), batch of {len(main_output(state))}: {error}") from error
     rest = out[1:] if isinstance(out, tuple) else ()
-    main = main_output(out)
-    if for_head:
-        features, outside = main, normalise(main.detach() if detach else main, norm, block.channel_dim, mask)
-    else:
-        features = normalise(main, norm, block.channel_dim, mask)
-        outside = features.detach() if detach else features
+    outside, features = hand_on(block, main_output(out), norm, detach, for_head, mask)
     if detach:
         rest = tuple(map(_detach, rest))
-    return (outside, *rest) if rest else outside, block.to_map(features)
+    return (outside, *rest) if rest else outside, features
+
+
+def hand_on(
+    block: Block, output: Tensor, norm: Norm, detach: bool, for_head: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the next block sees of the output of a block, and the output as it is asked for; see `run_block`."""
+    if for_head:
+        features = output
+        outside = normalise(output.detach() if detach else output, norm, block.channel_dim, mask)
+    else:
+        features = normalise(output, norm, block.channel_dim, mask)
+        outside = features.detach() if detach else features
+    return outside, block.to_map(features)
 
 
 def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The blocks of a network one after the other, and what is made of each."""
+
+    blocks: Sequence[Block]
+    of_block: Callable[[int, Tensor, Tensor | None], Tensor]
+    """Is given the number of a block, its features and their mask, in the mode of the block."""
+    norm: Norm
+    for_head: bool
+    """Whether the features are as they are; else they are normalised."""
+    masks: Sequence[Tensor | None]
+    """Of the positions of each block."""
+    mode: Callable[[int], AbstractContextManager[None]]
+    """The mode of each block."""
+
+    def run(self, state: State, borders: Container[int]) -> Iterator[Tensor]:
+        """Results of one block after the other; the next block runs when its result is asked for.
+
+        Args:
+            state: What enters the first block.
+            borders: The blocks whose output is handed on detached.
+        """
+        for k, block in enumerate(self.blocks):
+            with self.mode(k):
+                state, features = run_block(k, block, state, self.norm, k in borders, self.for_head, self.masks[k])
+                result = self.of_block(k, features, self.masks[k])
+            del features  # neither the output of this block nor its loss is to be alive while the next one runs
+            yield result
+            del result
+
+    def run_hooked(self, hooked: Hooked, call: Callable[[], Any]) -> Iterator[Tensor]:
+        """The same of blocks that run as parts of their network's own forward: all of them, and then the results."""
+        results: list[Tensor] = []
+
+        def visit(k: int, output: Tensor) -> Tensor:
+            outside, features = hand_on(self.blocks[k], output, self.norm, True, self.for_head, self.masks[k])
+            results.append(self.of_block(k, features, self.masks[k]))
+            return outside
+
+        try:
+            hooked.run(call, visit, len(self.blocks), mode=self.mode)
+        except IndexError as error:  # an id that an embedding does not have
+            raise ValueError(f"{type(hooked.model).__name__}: {error}") from error
+        yield from results
 
 
 @contextmanager

@@ -3,10 +3,8 @@
 Shapes: B batch, C channels, H x W or T positions, K classes, L blocks.
 """
 
-import copy
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import cast, get_args
@@ -14,46 +12,42 @@ from typing import cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ff_lightning.heads import HEADS, HeadFactory, check_head, make_head
-from ff_lightning.heads.factory import takes_mask, with_mask
+from ff_lightning.heads import HEADS, HeadFactory, check_head
+from ff_lightning.heads.factory import with_mask
 from ff_lightning.heads.layers import position_means, without_padding
-from ff_lightning.local.chain import Norm, held, run_block
-from ff_lightning.local.objectives import Loss, Objective, Place, check_loss, checked_loss, make_objective
+from ff_lightning.local.blocks import LocalBlocks, by_hooks, state_of
+from ff_lightning.local.chain import Chain, Norm, held
+from ff_lightning.local.objectives import Loss, Objective, check_loss, checked_loss
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.votes import VOTES
 from ff_lightning.losses import LogSumExpLoss, check_classes
-from ff_lightning.partition import Block, Example, Granularity, Inputs, State, partition
-from ff_lightning.partition.block import main_output
+from ff_lightning.partition import Block, Example, Granularity, Inputs, cut
 from ff_lightning.partition.inputs import make_example
-from ff_lightning.partition.trace import evaluating
-from ff_lightning.util.arguments import (
-    check_blocks,
-    check_choice,
-    check_network,
-    check_shape,
-    check_whole,
-    is_whole,
-    shown,
-)
-from ff_lightning.util.suggest import unknown
+from ff_lightning.util.arguments import check_choice, check_network, check_shape, check_whole, is_whole, shown
 
 
-class LocalNet(nn.Module):
+class LocalNet(LocalBlocks):
     """A network cut into blocks, each with an objective of its own; no gradient crosses a border.
 
     The blocks hold the modules of `model` themselves: what is trained here is trained there.
+
+    A network that `torch.fx` cannot trace, such as those of transformers, runs by its own forward, and is cut at the
+    outputs of its repeated layers; see `ff_lightning.partition.Hooked`. The local gradients are then computed while the
+    forward runs: the graph of one block is alive at a time, and the gradients of all of them when it ends. With such a
+    network all blocks run before the first result of the methods below, `reach` is 1, and there is no export.
 
     Args:
         model: The network to cut; its classifier is not used.
         num_classes: K, the number of scores of each block.
         granularity: Where to cut; see `ff_lightning.partition`.
-        head: ``"pooled"``, ``"deep"``, ``"paper"`` (see `PooledHead` and `GoodnessHead`), or a function (channels, K)
-            -> module from (B, C, H, W) to goodness (B, K); a parameter `size` of it is given (H, W). Signals and tokens
-            have one axis, (B, C, T), vectors none; for padding see `ff_lightning.heads.HeadFactory`.
+        head: ``"pooled"``, ``"deep"``, ``"paper"`` (see `PooledHead` and `GoodnessHead`), ``"tokens"`` (`TokenHead`,
+            for `NextTokenLoss`), or a function (channels, K) -> module from (B, C, H, W) to goodness (B, K); a
+            parameter `size` of it is given (H, W). Signals and tokens have one axis, (B, C, T), vectors none; for
+            padding see `ff_lightning.heads.HeadFactory`.
         norm: What the next block sees of a block's output: normalised over all features of a sample (``"layer"``),
             over the channels of each position (``"channel"``), divided by its root mean square (``"length"``), or as
             it is (``"none"``). The head sees it as it is. Padding has no part in a norm: where there is a mask, layer
-            is channel, as transformers have it.
+            is channel, as transformers have it; so it is for token ids, which may be hidden from those before them.
         vote: How the blocks decide together: ``"mean"`` of goodness, mean weighted by ``"depth"``, ``"last"`` block,
             mean ``"log_softmax"``.
         input_shape: Of a sample: (C, H, W) of an image, (F,) of a vector, (C, T) of a signal, (C, D, H, W) of a volume,
@@ -118,14 +112,16 @@ class LocalNet(nn.Module):
         if example is None:
             check_shape("input_shape", input_shape, model if vocabulary is None else "text")
             example, longest = make_example(model, input_shape, vocabulary), input_shape[0]
-        blocks = partition(model, granularity, example)
+        blocks, self.hooked = cut(model, granularity, example)
+        if self.hooked is not None and reach != 1:
+            raise ValueError(f"reach={shown(reach)}: must be 1 for {by_hooks(model)}")
         if not is_whole(reach) or not 1 <= reach <= len(blocks):
             raise ValueError(f"reach={shown(reach)}: must be 1 to {len(blocks)}, the number of blocks")
         self.head_factory = HEADS[head] if isinstance(head, str) else head
         self.loss_factory = loss
         self.num_classes = num_classes
         self.inputs = Inputs.of(model, example, vocabulary, longest)
-        self.norm: Norm = norm
+        self.norm: Norm = "channel" if norm == "layer" and self.inputs.tokens else norm
         self.vote = vote
         self.reach = reach
         self.passes = 0
@@ -144,133 +140,6 @@ class LocalNet(nn.Module):
                 stacklevel=2,
             )
 
-    # ---------------------------------------------------------------------------------------------------- its structure
-
-    def _add_objectives(self) -> None:
-        """Make the objectives of the blocks that have none yet."""
-        like = next(self.parameters(), torch.zeros(0))
-        for k in range(len(self.objectives), len(self.blocks)):
-            objective = make_objective(self.loss_factory, self._place(k)).to(like.device, like.dtype)
-            self.objectives.append(objective)
-            for name, takes in self._take_mask.items():
-                takes.append(takes_mask(getattr(objective, name)))
-            if self.inputs.mask and not self._is_masked(k):
-                block = cast(Block, self.blocks[k])
-                warnings.warn(
-                    f"block {k} ({block.name}) has features of shape {block.map_shape}, not one for each position of "
-                    f"{self.inputs.mask}: its norm and its loss do not leave padding out",
-                    stacklevel=3,
-                )
-
-    def _place(self, k: int) -> Place:
-        block = cast(Block, self.blocks[k])
-        head = partial(make_head, self.head_factory, block.map_shape, self.num_classes, self._is_masked(k))
-        return Place(k, len(self.blocks), block.name, block.map_shape, self.num_classes, head, self._is_masked(k))
-
-    def _is_masked(self, k: int) -> bool:
-        """Whether there may be padding among the positions of block k."""
-        return self.inputs.covers(cast(Block, self.blocks[k]).map_shape)
-
-    @property
-    def heads(self) -> nn.ModuleList:
-        """The head of each block whose objective has one."""
-        heads = (getattr(objective, "head", None) for objective in self.objectives)
-        return nn.ModuleList(head for head in heads if head is not None)
-
-    def units(self) -> dict[str, tuple[nn.Module, nn.Module]]:
-        """Block and objective of each unit of training, by the name of the block."""
-        return {
-            cast(str, block.name): (block, objective)
-            for block, objective in zip(self.blocks, self.objectives, strict=True)
-        }
-
-    def train_only(self, blocks: Iterable[int | str] | None) -> None:
-        """Train only some of the blocks.
-
-        The others run without a graph and in eval mode, so that neither their weights nor their running statistics
-        move; those above the last trained block do not run in training at all.
-
-        Args:
-            blocks: Their numbers or names; None: all blocks.
-
-        Raises:
-            ValueError: If a block does not exist, or if none is left.
-        """
-        check_blocks("train_blocks", blocks)
-        names = [cast(str, block.name) for block in self.blocks]
-        wanted = range(len(names)) if blocks is None else [_number(block, names) for block in blocks]
-        if not wanted:
-            raise ValueError(f"train_blocks={blocks!r}: at least one block must be trained")
-        self.trained = frozenset(wanted)
-
-    def append(self, name: str, model: nn.Module, granularity: Granularity = "block") -> list[int]:
-        """Put further blocks on top of the network; those below keep their weights.
-
-        Args:
-            name: Of the new part: its blocks are called ``name.…``.
-            model: Network from the normalised features of the last block alone; it is cut like the first one.
-            granularity: Where to cut it; see `ff_lightning.partition`.
-
-        Returns:
-            The numbers of the new blocks, for `train_only`.
-        """
-        like = next(self.parameters(), torch.zeros(0))
-        values = [value.to(like if value.is_floating_point() else like.device) for value in self._example]
-        with evaluating(self):
-            state = _state(values)
-            for k, block in enumerate(cast(Iterable[Block], self.blocks)):
-                mask = self.inputs.valid(values) if self._is_masked(k) else None
-                state, _ = run_block(k, block, state, self.norm, detach=True, for_head=False, mask=mask)
-        added = partition(nn.Sequential(OrderedDict([(name, model)])), granularity, main_output(state))
-        first = len(self.blocks)
-        self.blocks.extend(added)
-        self._add_objectives()
-        self.trained |= set(range(first, first + len(added)))
-        for module in (*self.blocks[first:], *self.objectives[first:]):
-            module.train(self.training)
-        return list(range(first, first + len(added)))
-
-    def block_parameters(self, k: int) -> list[nn.Parameter]:
-        """The trainable parameters of block k and its objective."""
-        both = (*self.blocks[k].parameters(), *self.objectives[k].parameters())
-        return [parameter for parameter in both if parameter.requires_grad]
-
-    def compile_blocks(self) -> None:
-        """Compile each block and each objective's head by itself, when it runs for the first time."""
-        for block, objective in zip(self.blocks, self.objectives, strict=True):
-            cast(Block, block).body.compile()  # the blocks share one forward, and a limit of recompilations with it
-            head = objective.head if hasattr(objective, "head") else objective
-            cast(nn.Module, head).compile()
-
-    def backbone_state_dict(self) -> dict[str, Tensor]:
-        """The weights of all blocks under the names of the model they were made of; its classifier is not among them.
-
-        ``model.load_state_dict(net.backbone_state_dict(), strict=False)`` takes them to another model of its kind.
-        """
-        return {key: value for block in self.blocks for key, value in cast(Block, block).body.state_dict().items()}
-
-    def export(self) -> nn.Module:
-        """A copy for prediction: images (B, C, H, W) -> scores (B, K), in eval mode, nothing to train.
-
-        It is a plain module that goes through `torch.export.export` and `torch.onnx.export`.
-        """
-        return copy.deepcopy(self).eval().requires_grad_(False)
-
-    def get_extra_state(self) -> Tensor:
-        """Passes so far, and for each block whether it is trained and whether it votes (2: all do), (1 + 2 L,)."""
-        blocks = range(len(self.blocks))
-        votes = [2 if self.voters is None else int(k in self.voters) for k in blocks]
-        return torch.tensor(
-            [self.passes, *(int(k in self.trained) for k in blocks), *votes]
-        )  # many take it for weights
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take over what `get_extra_state` gave."""
-        self.passes, *flags = state.tolist()
-        trained, votes = flags[: len(self.blocks)], flags[len(self.blocks) :]
-        self.trained = frozenset(k for k, flag in enumerate(trained) if flag)
-        self.voters = None if 2 in votes else frozenset(k for k, flag in enumerate(votes) if flag)
-
     # ------------------------------------------------------------------------------------------------------ the passes
 
     def local_features(self, x: Example) -> Iterator[Tensor]:
@@ -285,13 +154,16 @@ class LocalNet(nn.Module):
             ValueError: If the inputs have another shape or dtype than the network was built for, or if a batch norm
                 gets a single value per channel.
         """
-        for features, mask in self._pass(x, range(len(self.blocks)), for_head=False):
-            yield features if mask is None else without_padding(features, mask)
+
+        def filled(k: int, features: Tensor, mask: Tensor | None) -> Tensor:
+            return features if mask is None else without_padding(features, mask)
+
+        return self._each(x, filled, for_head=False)
 
     def representation(self, x: Example) -> Tensor:
         """The normalised features of all blocks, averaged over the positions: (B, sum of channels)."""
-        passing = self._pass(x, range(len(self.blocks)), for_head=False)
-        return torch.cat([position_means(features, mask) for features, mask in passing], 1)
+        means = self._each(x, lambda k, features, mask: position_means(features, mask), for_head=False)
+        return torch.cat(list(means), 1)
 
     def local_goodness(self, x: Example) -> Iterator[Tensor]:
         """The goodness (B, K) of one block after the other; the next block runs when it is asked for.
@@ -304,27 +176,32 @@ class LocalNet(nn.Module):
         Raises:
             ValueError: As `local_features`.
         """
-        passing = self._pass(x, range(len(self.blocks)))
-        for k in range(len(self.blocks)):
-            features, mask = next(passing)
-            with self._mode_of(k):
-                goodness = with_mask(self.objectives[k], self._take_mask["forward"][k], features, mask)
-            del features  # the output of this block is not to be alive while the next one runs
-            yield goodness
 
-    def _pass(
-        self, x: Example, borders: Container[int], for_head: bool = True
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Features of one block after the other, and their mask; what leaves a block of `borders` is detached."""
+        def answer(k: int, features: Tensor, mask: Tensor | None) -> Tensor:
+            return with_mask(self.objectives[k], self._take_mask["forward"][k], features, mask)
+
+        return self._each(x, answer)
+
+    def _each(
+        self,
+        x: Example,
+        of_block: Callable[[int, Tensor, Tensor | None], Tensor],
+        borders: Container[int] | None = None,
+        for_head: bool = True,
+        count: int | None = None,
+    ) -> Iterator[Tensor]:
+        """What a function makes of the number, the features and the mask of each of the first `count` blocks.
+
+        See `Chain`; what leaves a block of `borders` (None: all) is detached.
+        """
         values = self.inputs.values(x)
         valid = self.inputs.valid(values)
-        state = _state(values)
-        for k, block in enumerate(cast(Iterable[Block], self.blocks)):
-            mask = valid if self._is_masked(k) else None
-            with self._mode_of(k):
-                state, features = run_block(k, block, state, self.norm, k in borders, for_head, mask)
-            yield features, mask
-            del features
+        masks = [valid if self._is_masked(k) else None for k in range(len(self.blocks))]
+        blocks = cast(Sequence[Block], self.blocks[:count])
+        chain = Chain(blocks, of_block, self.norm, for_head, masks, self._mode_of)
+        if self.hooked is None:
+            return chain.run(state_of(values), borders or range(len(blocks)))
+        return chain.run_hooked(self.hooked, partial(self.inputs.call, self.hooked.model, values))
 
     def _mode_of(self, k: int) -> AbstractContextManager[None]:
         """A block that is not trained runs without a graph and in eval mode.
@@ -334,22 +211,29 @@ class LocalNet(nn.Module):
         return nullcontext() if k in self.trained else held((self.blocks[k], self.objectives[k]))
 
     def _losses(
-        self, x: Example, y: Tensor, see: Callable[[int, Tensor], None] | None
+        self, x: Example, y: Tensor, see: Callable[[int, Tensor], None] | None, scaler: torch.amp.GradScaler | None
     ) -> Iterator[tuple[Tensor, bool]]:
         """The loss of one block after the other with its graph, and whether a border follows."""
         self._check_target(y)
         borders = self._borders()
         self.passes += torch.is_grad_enabled()
-        passing = self._pass(x, borders)
-        for k in range(max(self.trained) + 1):
-            features, mask = next(passing)
+
+        def learn(k: int, features: Tensor, mask: Tensor | None) -> Tensor:
             evaluate = cast(Objective, self.objectives[k]).loss_and_scores
-            with self._mode_of(k):
-                loss, scores = with_mask(evaluate, self._take_mask["loss_and_scores"][k], features, mask, y)
-            del features  # the output of this block is not to be alive while the next one runs
+            loss, scores = with_mask(evaluate, self._take_mask["loss_and_scores"][k], features, mask, y)
             if see is not None and scores is not None:
                 see(k, scores.detach())
-            yield checked_loss(loss, cast(str, self.blocks[k].name)), k in borders
+            loss = checked_loss(loss, cast(str, self.blocks[k].name))
+            return loss if self.hooked is None else self._delivered(k, loss, scaler)
+
+        for k, loss in enumerate(self._each(x, learn, borders, count=max(self.trained) + 1)):
+            yield loss, k in borders
+            del loss
+
+    def _delivered(self, k: int, loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+        """The loss of a block with its gradients in the place of its graph."""
+        parameters = [self.block_parameters(j) if j == k else [] for j in range(k + 1)]
+        return deliver([Update((k,), loss, (loss.detach(),))], parameters, scaler).losses[0]
 
     def _borders(self) -> set[int]:
         """The blocks behind which the next pass is cut."""
@@ -364,7 +248,13 @@ class LocalNet(nn.Module):
 
     # ----------------------------------------------------------------------------------------------------- the learning
 
-    def updates(self, x: Example, y: Tensor, see: Callable[[int, Tensor], None] | None = None) -> Iterator[Update]:
+    def updates(
+        self,
+        x: Example,
+        y: Tensor,
+        see: Callable[[int, Tensor], None] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Iterator[Update]:
         """The updates of one block after the other; the next block runs when the next update is asked for.
 
         Call backward on its loss (and step its units) in between, and only one graph is ever alive. There is none for
@@ -374,6 +264,7 @@ class LocalNet(nn.Module):
             x: Images, (B, C, H, W).
             y: Targets, such as classes (B,), int64.
             see: Called with the number and the goodness (B, K), detached, of each block whose objective computes it.
+            scaler: The gradient scaler of a run in float16, for a network whose gradients are computed in its pass.
 
         Raises:
             ValueError: If a class is outside 0 ... K-1 (checked on the CPU only, where it costs nothing), or if a loss
@@ -381,7 +272,7 @@ class LocalNet(nn.Module):
         """
         units: list[int] = []
         losses: list[Tensor] = []
-        for k, (loss, is_border) in enumerate(self._losses(x, y, see)):
+        for k, (loss, is_border) in enumerate(self._losses(x, y, see, scaler)):
             if k in self.trained:
                 units.append(k)
                 losses.append(loss)
@@ -407,7 +298,7 @@ class LocalNet(nn.Module):
             ValueError: As `updates`.
         """
         joined: list[Tensor] = []
-        for loss, is_border in self._losses(x, y, None):
+        for loss, is_border in self._losses(x, y, None, None):
             if is_border:
                 yield sum((other - other.detach() for other in joined), loss)  # the value of this loss alone
                 joined.clear()
@@ -430,7 +321,7 @@ class LocalNet(nn.Module):
                 then computed at its scale too, and do not underflow.
         """
         parameters = [self.block_parameters(k) for k in range(len(self.blocks))]
-        return deliver(self.updates(x, y), parameters, scaler).losses
+        return deliver(self.updates(x, y, scaler=scaler), parameters, scaler).losses
 
     def loss(self, x: Example, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """The sum of the local losses, as one scalar for any ordinary training loop; see `delivered_losses`."""
@@ -457,18 +348,3 @@ class LocalNet(nn.Module):
         """The vote of the blocks: goodness (L, B, K) -> scores (B, K)."""
         voters = sorted(self.voters) if self.voters is not None else range(len(goodness))
         return VOTES[self.vote](goodness if self.voters is None else goodness[voters], voters)
-
-
-def _state(values: Sequence[Tensor]) -> State:
-    return tuple(values) if len(values) > 1 else values[0]
-
-
-def _number(block: int | str, names: Sequence[str]) -> int:
-    """The number of a block that is given by number or name."""
-    if isinstance(block, str) and block in names:
-        return names.index(block)
-    if isinstance(block, int) and -len(names) <= block < len(names):
-        return block % len(names)
-    if isinstance(block, str):
-        raise ValueError(unknown("train_blocks", block, names))
-    raise ValueError(f"train_blocks: there is no block {block}; the network has blocks 0 to {len(names) - 1}")

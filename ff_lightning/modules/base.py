@@ -28,8 +28,7 @@ from torch.optim import Optimizer
 
 from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.local.updates import Update, deliver
-from ff_lightning.partition import Block
-from ff_lightning.tasks import Task, Unlabelled
+from ff_lightning.tasks import Task, TaskName, Unlabelled
 from ff_lightning.training import checks
 from ff_lightning.training.factories import to_factory, to_task
 from ff_lightning.training.kept import kept
@@ -88,7 +87,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,
         vocabulary: int | None = None,
-        task: str | Callable[[], Task] | None = None,
+        task: TaskName | Callable[[], Task] | None = None,
         metrics: list[str] | None = None,
         optimizer: OptimizerCallable | None = None,
         lr: float | None = None,
@@ -175,8 +174,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         self.to(memory_format=checks.MEMORY_FORMATS[self._memory_format])
         if self._compile:
             for module in (module for modules in self._units for module in modules):
-                # blocks share one forward, and a limit of recompilations with it
-                (module.body if isinstance(module, Block) else module).compile()
+                module.compile()
         self.make_metrics()
 
     @property

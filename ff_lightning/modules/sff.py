@@ -63,7 +63,7 @@ class SFF(LocalLearner):
         head: Literal["pooled", "deep", "paper"] | HeadFactory = "pooled",
         norm: Norm = "layer",
         vote: Literal["mean", "depth", "last", "log_softmax"] = "mean",
-        loss: str | Callable[[], nn.Module] | None = None,
+        loss: Literal["logsumexp", "similarity", "predsim", "supcon"] | Callable[[], nn.Module] | None = None,
         label_smoothing: float = 0.0,
         reach: int = 1,
         train_blocks: list[int | str] | None = None,
@@ -101,7 +101,7 @@ class SFF(LocalLearner):
         """The updates of the blocks, from the input on."""
         inputs, target = self.inputs_and_target(batch)
         scores: list[Tensor] = []
-        yield from self.net.updates(inputs, target, lambda k, of_block: scores.append(of_block))
+        yield from self.net.updates(inputs, target, lambda k, of_block: scores.append(of_block), self.scaler)
         if len(scores) == len(self.net.blocks):
             self.report_scores(torch.stack(scores), target)
 

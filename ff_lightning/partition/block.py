@@ -51,6 +51,10 @@ class Block(nn.Module):
         """Run the block on the state before it; returns the state behind it."""
         return self.body(*state) if isinstance(state, tuple) else self.body(state)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the body alone: blocks share one forward, and a limit of recompilations with it."""
+        self.body.compile(*args, **kwargs)
+
     def to_map(self, output: Tensor) -> Tensor:
         """The main output as a map (B, C, ...): channels before positions, tokens (B, T, C) become (B, C, T).
 
