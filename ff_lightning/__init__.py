@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ff_lightning.heads import GoodnessHead, PooledHead
+from ff_lightning.local.exits import EarlyExit
 from ff_lightning.local.net import LocalNet
 from ff_lightning.local.objectives import Objective
 from ff_lightning.local.updates import Update
@@ -19,6 +20,7 @@ __all__ = [
     "FF",
     "SFF",
     "Backprop",
+    "EarlyExit",
     "GoodnessHead",
     "LocalLearner",
     "LocalNet",

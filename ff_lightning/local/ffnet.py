@@ -7,8 +7,9 @@
 Shapes: B batch, K classes, L blocks, N features of a block, C channels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +206,7 @@ class FFNet(LocalNet):
 
     # --------------------------------------------------------------------------------------------------------- answers
 
-    def local_goodness(self, x: Tensor) -> Iterator[Tensor]:  # type: ignore[override]
+    def local_goodness(self, x: Tensor) -> Generator[Tensor, Tensor | None, None]:  # type: ignore[override]
         """How well each label goes with the input, at one block after the other: (B, K) each, float32.
 
         With hybrid negatives, which know no label, the block's part in the scores of the read-out.
@@ -214,19 +215,21 @@ class FFNet(LocalNet):
             yield from self._parts_of_readout(x)
             return
         every = torch.arange(self.num_classes, device=x.device).repeat(len(x))
-        for logits in super().local_goodness(self.with_label(x.repeat_interleave(self.num_classes, 0), every)):
-            yield logits.view(len(x), self.num_classes)
+        passing: Any = super().local_goodness(self.with_label(x.repeat_interleave(self.num_classes, 0), every))
+        stay: Tensor | None = None
+        for _ in self.blocks:
+            rows = None if stay is None else stay.repeat_interleave(self.num_classes)
+            stay = yield passing.send(rows).view(-1, self.num_classes)
 
     def states(self, x: Tensor) -> Tensor:
         """What the read-out sees: the normalised features of its blocks for the neutral label, (B, D), detached."""
-        return torch.cat(list(self.neutral_features(x))[self.readout_from :], 1)
+        return torch.cat(self.neutral_features(x)[self.readout_from :], 1)
 
-    def neutral_features(self, x: Tensor) -> Iterator[Tensor]:
-        """The normalised features of one block after the other for the neutral label, (B, N), detached."""
+    @torch.no_grad()
+    def neutral_features(self, x: Tensor) -> list[Tensor]:
+        """The normalised features of each block for the neutral label, (B, N) each, detached."""
         neutral = _mean_square_1(x) if self.negatives == "hybrid" else self.with_label(x)
-        with torch.no_grad():
-            for features in self.local_features(neutral):
-                yield features.flatten(1)
+        return [features.flatten(1) for features in self.local_features(neutral)]
 
     def _parts_of_readout(self, x: Tensor) -> Iterator[Tensor]:
         start = 0

@@ -132,7 +132,7 @@ class FF(LocalLearner):
 
     def representation(self, *inputs: Any) -> Tensor:
         """The normalised features of all blocks for a neutral label, (B, D)."""
-        return torch.cat(list(self.net.neutral_features(*inputs)), 1)
+        return torch.cat(self.net.neutral_features(*inputs), 1)
 
     def unit_key(self, k: int) -> str:
         """What figures of unit k are logged by."""
