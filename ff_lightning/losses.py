@@ -137,7 +137,7 @@ def check_classes(target: Tensor, num_classes: int, ignore_index: int | None = N
         raise ValueError(f"label {label} in the batch: num_classes={num_classes} allows 0 to {num_classes - 1}")
 
 
-def similarity_loss(features: Tensor, target: Tensor, num_classes: int) -> Tensor:
+def similarity_loss(features: Tensor, target: Tensor, num_classes: int, mask: Tensor | None = None) -> Tensor:
     """Similarity matching: the mean squared difference between the similarities of features and those of targets.
 
     The similarity of two images is the cosine of their centred vectors: for features the standard deviations of their
@@ -147,6 +147,7 @@ def similarity_loss(features: Tensor, target: Tensor, num_classes: int) -> Tenso
         features: (B, C, ...), floating.
         target: Class numbers, (B,), int64, or probabilities of the classes, (B, K).
         num_classes: K.
+        mask: For tokens (B, C, T): (B, T), bool, false at what is only padding and does not count.
 
     Returns:
         A scalar, float32.
@@ -155,9 +156,20 @@ def similarity_loss(features: Tensor, target: Tensor, num_classes: int) -> Tenso
     deviation is in their code alone.
     """
     x = features.float()
-    x = x.flatten(1) if x[0, 0].numel() == 1 else x.flatten(2).std(2)
+    if mask is not None:
+        x = _deviation(x, mask[:, None])
+    else:
+        x = x.flatten(1) if x[0, 0].numel() == 1 else x.flatten(2).std(2)
     y = target.float() if target.is_floating_point() else F.one_hot(target, num_classes).float()
     return F.mse_loss(_similarities(x), _similarities(y))
+
+
+def _deviation(x: Tensor, mask: Tensor) -> Tensor:
+    """The standard deviation of each channel (B, C, T) over the positions where a mask (B, 1, T) is true."""
+    count = mask.sum(2)
+    mean = x.masked_fill(~mask, 0).sum(2, keepdim=True) / count.clamp(min=1)[:, :, None]
+    squares = (x - mean).masked_fill(~mask, 0).square().sum(2)
+    return (squares / (count - 1).clamp(min=1) + 1e-12).sqrt()  # the root of zero has no gradient
 
 
 def _similarities(x: Tensor) -> Tensor:

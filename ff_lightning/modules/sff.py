@@ -25,9 +25,10 @@ class SFF(LocalLearner):
     and axes of the norm are not given there: they are our choice.
 
     Args:
-        backbone: ``"cnn"``, the name of a torchvision model, or any network as an `nn.Module`.
+        backbone: ``"cnn"``, ``"mlp"`` (for vectors), ``"signal"``, ``"text"``, the name of a torchvision model, or any
+            network as an `nn.Module`.
         num_classes: K. The command line takes it from the data.
-        input_shape: (C, H, W) of an image; None: (3, 32, 32). The command line takes it from the data.
+        input_shape: Of a sample, such as (C, H, W); None: (3, 32, 32). The command line takes it from the data.
         stem: ``"small"`` swaps a strided stem and its max-pooling for a 3x3 convolution: for images of 32 pixels.
         weights: To start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of a
             state dict, whose classifier may be one for other classes.
@@ -62,7 +63,7 @@ class SFF(LocalLearner):
         head: Literal["pooled", "deep", "paper"] | HeadFactory = "pooled",
         norm: Norm = "layer",
         vote: Literal["mean", "depth", "last", "log_softmax"] = "mean",
-        loss: str | Callable[[], nn.Module] | None = None,
+        loss: Literal["logsumexp", "similarity", "predsim", "supcon"] | Callable[[], nn.Module] | None = None,
         label_smoothing: float = 0.0,
         reach: int = 1,
         train_blocks: list[int | str] | None = None,
@@ -83,6 +84,7 @@ class SFF(LocalLearner):
             self.input_shape,
             self._loss(loss),
             reach,
+            self.vocabulary,
         )
         self.set_units(self.net.units())
         self.train_blocks = train_blocks
@@ -99,13 +101,13 @@ class SFF(LocalLearner):
         """The updates of the blocks, from the input on."""
         inputs, target = self.inputs_and_target(batch)
         scores: list[Tensor] = []
-        yield from self.net.updates(inputs[0], target, lambda k, of_block: scores.append(of_block))
+        yield from self.net.updates(inputs, target, lambda k, of_block: scores.append(of_block), self.scaler)
         if len(scores) == len(self.net.blocks):
             self.report_scores(torch.stack(scores), target)
 
     def scores(self, *inputs: Any) -> Tensor:
         """Goodness of each class at each block, (L, B, K)."""
-        return self.net.goodness(*inputs)
+        return self.net.goodness(inputs)
 
     def vote(self, scores: Tensor) -> Tensor:
         """The vote of the blocks, (L, B, K) -> (B, K)."""
@@ -113,7 +115,7 @@ class SFF(LocalLearner):
 
     def representation(self, *inputs: Any) -> Tensor:
         """The normalised features of all blocks, averaged over the positions: (B, sum of channels)."""
-        return torch.cat([features.flatten(2).mean(2) for features in self.net.local_features(*inputs)], 1)
+        return self.net.representation(inputs)
 
     @property
     def backbone(self) -> nn.Module:

@@ -28,6 +28,7 @@ class Reporting(KeepsHooks, LightningModule):
     task: Task
     unit_names: list[str]
     input_shape: tuple[int, ...]
+    vocabulary: int | None
     metrics: Sequence[str]
     criterion: Any
     train_losses: Any
@@ -95,7 +96,7 @@ class Reporting(KeepsHooks, LightningModule):
         if look is None:
             look = self.trainer.fit_loop.batch_idx == 0
         inputs, target = self.split(batch)
-        samples = check_inputs(inputs, self.input_shape)
+        samples = check_inputs(inputs, self.input_shape, self.vocabulary)
         if not isinstance(self.task, Unlabelled):
             check_has_target(batch, target)
         self.task.check(target, samples, training, look)
@@ -248,7 +249,7 @@ class Reporting(KeepsHooks, LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Scores (B, K) for inputs, or for batches of inputs and targets."""
         inputs, _ = self.split(batch)
-        check_inputs(inputs, self.input_shape)
+        check_inputs(inputs, self.input_shape, self.vocabulary)
         return self(*inputs)
 
 

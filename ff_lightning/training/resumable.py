@@ -49,7 +49,7 @@ class Resumable(Reporting):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeCheckpointIO()
         data = getattr(self.trainer, "datamodule", None)
-        checks.check_data(self.num_classes, self.input_shape, data)
+        checks.check_data(self.num_classes, self.input_shape, self.vocabulary, data)
         self._data = matching.describe_data(data)
         if self.trainer.ckpt_path is None:  # else a checkpoint says what the weights were trained on
             matching.check_same_data(self.trained_on, self._data, strict=stage != "fit")
