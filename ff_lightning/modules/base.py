@@ -260,6 +260,10 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
                 return k
         return None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The model alone: what belongs to a run is not copied with it."""
+        return {**super().__getstate__(), "stepper": None}
+
     def configure_callbacks(self) -> list[Any]:
         """Answer the Trainer flags that manual optimization cannot serve, before Lightning refuses them."""
         if not self.automatic_optimization:
