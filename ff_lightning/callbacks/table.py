@@ -20,7 +20,7 @@ class BlockTable(Callback):
         if not trainer.is_global_zero or not isinstance(net, LocalNet):
             return
         table = Table(title=f"{len(net.blocks)} blocks, each with a local loss")
-        for column in ("block", "module", "features", "parameters", "of its head", "kept / image"):
+        for column in ("block", "module", "features", "parameters", "of its head", "kept / sample"):
             table.add_column(column, justify="left" if column in ("block", "module") else "right")
         for k, (block, objective) in enumerate(zip(cast(Any, net.blocks), net.objectives, strict=True)):
             shape = " x ".join(map(str, block.map_shape))
