@@ -94,17 +94,21 @@ class CLI(LightningCLI):
         _Parser.commands = self._subcommand_parsers
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; what a checkpoint says of its model and data replaces defaults, not the user's own arguments."""
-        super().parse_arguments(parser, args)
-        subcommand = self.config.subcommand
+        """Parse; what a checkpoint says of its model and data replaces defaults, not the user's own arguments.
+
+        A class that is asked for brings its own defaults: jsonargparse would keep those of the default class.
+        """
+        given = sys.argv[1:] if args is None else args
+        first = parser.parse_args([argument for argument in given if not argument.startswith("--print_config")])
+        subcommand = first.subcommand
         try:
-            path = self._ckpt_path(self.config[subcommand])
-            defaults = {} if path is None else self._stored_in(read_checkpoint(path))
+            path = self._ckpt_path(first[subcommand])
+            stored = {} if path is None else self._stored_in(read_checkpoint(path), first[subcommand])
         except ValueError as error:
             parser.error(str(error))
-        if defaults:
-            self._subcommand_parsers[subcommand].set_defaults(defaults)
-            super().parse_arguments(parser, args)
+        chosen = {part: {"class_path": first[subcommand][part].class_path} for part in ("model", "data")}
+        self._subcommand_parsers[subcommand].set_defaults({**chosen, **stored})
+        super().parse_arguments(parser, args)
         if path is not None:
             self.config[subcommand].ckpt_path = path
 
@@ -117,7 +121,7 @@ class CLI(LightningCLI):
             return None
         return path if is_remote(path) else str(Path(path).expanduser())
 
-    def _stored_in(self, checkpoint: Any) -> dict[str, Any]:
+    def _stored_in(self, checkpoint: Any, config: Any) -> dict[str, Any]:
         """Model and data of a checkpoint that was written by the command line, if it may name what it names."""
         found = {}
         for part, key, kind in (
@@ -125,7 +129,7 @@ class CLI(LightningCLI):
         ):  # fmt: skip
             stored = checkpoint.get(key, {})
             if "_class_path" in stored:
-                check_stored(part, stored, kind, self.config[self.config.subcommand].get(part))
+                check_stored(part, stored, kind, config.get(part))
                 arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
                 found[part] = {"class_path": stored["_class_path"], "init_args": arguments}
         return found

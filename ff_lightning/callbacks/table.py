@@ -63,7 +63,7 @@ class BlockTable(Callback):
         table.add_column("%" if in_percent else name, justify="right")
         shown = (lambda value: f"{100 * float(value):.2f}") if in_percent else (lambda value: f"{float(value):.4g}")
         for k, unit in enumerate(learner.unit_names):
-            key = f"{stage}/block{k:02d}_{name}"
+            key = f"{stage}/{learner.unit_key(k)}_{name}"
             if key in logged:
                 table.add_row(f"{k:02d}", escape(unit), shown(logged[key]))
         table.add_section()

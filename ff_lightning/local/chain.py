@@ -3,7 +3,7 @@
 Shapes: B batch, C channels, H x W or T positions.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -113,20 +113,26 @@ class Chain:
     mode: Callable[[int], AbstractContextManager[None]]
     """The mode of each block."""
 
-    def run(self, state: State, borders: Container[int]) -> Iterator[Tensor]:
+    def run(self, state: State, borders: Container[int]) -> Generator[Tensor, Tensor | None, None]:
         """Results of one block after the other; the next block runs when its result is asked for.
+
+        Where a mask of the samples (B,) is sent to it, the others do not go on to the next block.
 
         Args:
             state: What enters the first block.
             borders: The blocks whose output is handed on detached.
         """
+        masks = self.masks
         for k, block in enumerate(self.blocks):
             with self.mode(k):
-                state, features = run_block(k, block, state, self.norm, k in borders, self.for_head, self.masks[k])
-                result = self.of_block(k, features, self.masks[k])
+                state, features = run_block(k, block, state, self.norm, k in borders, self.for_head, masks[k])
+                result = self.of_block(k, features, masks[k])
             del features  # neither the output of this block nor its loss is to be alive while the next one runs
-            yield result
+            stay = yield result
             del result
+            if stay is not None:
+                state = _narrowed(state, stay)
+                masks = [mask if mask is None else mask[stay] for mask in masks]
 
     def run_hooked(self, hooked: Hooked, call: Callable[[], Any]) -> Iterator[Tensor]:
         """The same of blocks that run as parts of their network's own forward: all of them, and then the results."""
@@ -142,6 +148,14 @@ class Chain:
         except IndexError as error:  # an id that an embedding does not have
             raise ValueError(f"{type(hooked.model).__name__}: {error}") from error
         yield from results
+
+
+def _narrowed(state: State, stay: Tensor) -> State:
+    """The state of some of the samples; what crosses a border besides its main output may belong to no sample."""
+    if isinstance(state, Tensor):
+        return state[stay]
+    of_samples = (isinstance(part, Tensor) and part.ndim > 0 and len(part) == len(stay) for part in state)
+    return tuple(part[stay] if is_one else part for part, is_one in zip(state, of_samples, strict=True))
 
 
 @contextmanager

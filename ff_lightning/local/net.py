@@ -168,7 +168,8 @@ class LocalNet(LocalBlocks):
     def local_goodness(self, x: Example) -> Iterator[Tensor]:
         """The goodness (B, K) of one block after the other; the next block runs when it is asked for.
 
-        Only the graph of the block and its head hangs on each.
+        Only the graph of the block and its head hangs on each. A mask (B,) that is sent to the generator chooses the
+        samples that go on to the next block.
 
         Args:
             x: Images, (B, C, H, W).
@@ -345,6 +346,8 @@ class LocalNet(LocalBlocks):
         return self.decide(self.goodness(x))
 
     def decide(self, goodness: Tensor) -> Tensor:
-        """The vote of the blocks: goodness (L, B, K) -> scores (B, K)."""
-        voters = sorted(self.voters) if self.voters is not None else range(len(goodness))
-        return VOTES[self.vote](goodness if self.voters is None else goodness[voters], voters)
+        """The vote of the blocks, or of the first of them: goodness (L, B, K) -> scores (B, K)."""
+        if self.voters is None:
+            return VOTES[self.vote](goodness, range(len(goodness)))
+        voters = [k for k in sorted(self.voters) if k < len(goodness)]
+        return VOTES[self.vote](goodness[voters], voters) if voters else torch.zeros_like(goodness[0])
