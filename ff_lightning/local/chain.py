@@ -12,11 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ff_lightning.partition import Block, Hooked, State
+from ff_lightning.partition import Block, Hooked, Inputs, State
 from ff_lightning.partition.block import main_output
 from ff_lightning.partition.trace import evaluating
 
 Norm = Literal["layer", "channel", "length", "none"]
+
+
+def norm_for(norm: Norm, inputs: Inputs) -> Norm:
+    """The norm for a kind of input: for tokens layer is channel, so that they do not see each other, nor padding."""
+    return "channel" if norm == "layer" and (inputs.tokens or inputs.mask) else norm
 
 
 def normalise(h: Tensor, norm: Norm, channel_dim: int, mask: Tensor | None = None) -> Tensor:
@@ -26,13 +31,12 @@ def normalise(h: Tensor, norm: Norm, channel_dim: int, mask: Tensor | None = Non
         h: (B, ...), floating.
         norm: See `ff_lightning.LocalNet`.
         channel_dim: The dimension that counts channels.
-        mask: For tokens (B, T, C) or (B, C, T): (B, T), bool, false at what is only padding and has no part in a norm:
-            layer is then channel, and length that of the tokens alone.
+        mask: For tokens (B, T, C) or (B, C, T): (B, T), bool, false at what is only padding and has no part in length.
 
     Returns:
         The same shape and dtype.
     """
-    if norm == "channel" or (norm == "layer" and mask is not None):
+    if norm == "channel":
         return F.layer_norm(h.movedim(channel_dim, -1), (h.shape[channel_dim],)).movedim(-1, channel_dim).to(h.dtype)
     if norm == "layer":
         return F.group_norm(h, 1).to(h.dtype)  # one group: a layer norm, in a third of the time on a CPU

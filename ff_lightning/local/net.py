@@ -16,7 +16,7 @@ from ff_lightning.heads import HEADS, HeadFactory, check_head
 from ff_lightning.heads.factory import with_mask
 from ff_lightning.heads.layers import position_means, without_padding
 from ff_lightning.local.blocks import LocalBlocks, by_hooks, state_of
-from ff_lightning.local.chain import Chain, Norm, held
+from ff_lightning.local.chain import Chain, Norm, held, norm_for
 from ff_lightning.local.objectives import Loss, Objective, check_loss, checked_loss
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.votes import VOTES
@@ -46,8 +46,8 @@ class LocalNet(LocalBlocks):
             padding see `ff_lightning.heads.HeadFactory`.
         norm: What the next block sees of a block's output: normalised over all features of a sample (``"layer"``),
             over the channels of each position (``"channel"``), divided by its root mean square (``"length"``), or as
-            it is (``"none"``). The head sees it as it is. Padding has no part in a norm: where there is a mask, layer
-            is channel, as transformers have it; so it is for token ids, which may be hidden from those before them.
+            it is (``"none"``). The head sees it as it is. For token ids, and where there is a mask, layer is channel as
+            in transformers: neither padding nor a token that others are not to see has a part in their norm.
         vote: How the blocks decide together: ``"mean"`` of goodness, mean weighted by ``"depth"``, ``"last"`` block,
             mean ``"log_softmax"``.
         input_shape: Of a sample: (C, H, W) of an image, (F,) of a vector, (C, T) of a signal, (C, D, H, W) of a volume,
@@ -121,7 +121,7 @@ class LocalNet(LocalBlocks):
         self.loss_factory = loss
         self.num_classes = num_classes
         self.inputs = Inputs.of(model, example, vocabulary, longest)
-        self.norm: Norm = "channel" if norm == "layer" and self.inputs.tokens else norm
+        self.norm = norm_for(norm, self.inputs)
         self.vote = vote
         self.reach = reach
         self.passes = 0
