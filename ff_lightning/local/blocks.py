@@ -7,20 +7,22 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ff_lightning.heads import HeadFactory, make_head
-from ff_lightning.heads.factory import takes_mask
-from ff_lightning.local.chain import Norm, run_block
+from ff_lightning.heads.factory import takes_mask, with_mask
+from ff_lightning.local.chain import Norm, hand_on, run_block
 from ff_lightning.local.objectives import Loss, Place, make_objective
+from ff_lightning.local.windows import Counter, Kept, Storages, Windows
 from ff_lightning.partition import Block, Granularity, Hooked, Inputs, State, partition
 from ff_lightning.partition.block import main_output
 from ff_lightning.partition.trace import evaluating
-from ff_lightning.util.arguments import check_blocks
+from ff_lightning.util.arguments import check_blocks, is_whole
 from ff_lightning.util.suggest import unknown
 
 
@@ -35,6 +37,9 @@ class LocalBlocks(nn.Module):
     head_factory: HeadFactory
     loss_factory: Loss
     num_classes: int
+    reach: float
+    own_loss: float
+    windows: Windows
     passes: int
     trained: frozenset[int]
     voters: frozenset[int] | None
@@ -114,9 +119,8 @@ class LocalBlocks(nn.Module):
         """
         if self.hooked is not None:
             raise ValueError(f"append is not there for {by_hooks(self.hooked.model)}")
-        like = next(self.parameters(), torch.zeros(0))
-        values = [value.to(like if value.is_floating_point() else like.device) for value in self._example]
         with evaluating(self):
+            values = self._example_here()
             state = state_of(values)
             for k, block in enumerate(cast(Iterable[Block], self.blocks)):
                 mask = self.inputs.valid(values) if self._is_masked(k) else None
@@ -125,10 +129,47 @@ class LocalBlocks(nn.Module):
         first = len(self.blocks)
         self.blocks.extend(added)
         self._add_objectives()
+        self._place_windows()
         self.trained |= set(range(first, first + len(added)))
         for module in (*self.blocks[first:], *self.objectives[first:]):
             module.train(self.training)
         return list(range(first, first + len(added)))
+
+    def _example_here(self) -> list[Tensor]:
+        """The inputs of the example, where the network lies now."""
+        like = next(self.parameters(), torch.zeros(0))
+        return [value.to(like if value.is_floating_point() else like.device) for value in self._example]
+
+    def _place_windows(self) -> None:
+        """Place the windows for the blocks that are there."""
+        names = [cast(str, block.name) for block in self.blocks]
+        local = is_whole(self.reach) and self.reach == 1
+        self.windows = Windows(self.reach, names, None if local else self._kept(), self.own_loss)
+
+    def _kept(self) -> Kept:
+        """What each block keeps of the example."""
+        counter = Counter(self.parameters())
+        kept: list[Storages] = []
+        graphs: list[Any] = []
+        with evaluating(self), torch.enable_grad(), counter.counting():
+            values = self._example_here()
+            state = state_of(values)
+            for k, block in enumerate(cast(Iterable[Block], self.blocks)):
+                mask = self.inputs.valid(values) if self._is_masked(k) else None
+                out = block(state)
+                kept.append(counter.take())
+                outside, features = hand_on(block, main_output(out), self.norm, False, True, mask)
+                kept.append(counter.take())
+                with suppress(NotImplementedError):  # an objective without scores
+                    graphs.append(with_mask(self.objectives[k], self._take_mask["forward"][k], features, mask))
+                kept[-2] |= counter.take()
+                state = (outside, *out[1:]) if isinstance(out, tuple) else outside
+            state = state_of(values)
+            for block in cast(Iterable[Block], self.blocks):
+                state = block(state)
+            batch = {value.untyped_storage().data_ptr() for value in values}
+            inputs = {address: size for address, size in kept[0].items() if address in batch}
+            return Kept(kept[::2], kept[1::2], inputs, sum(counter.take().values()))
 
     def block_parameters(self, k: int) -> list[nn.Parameter]:
         """The trainable parameters of block k and its objective."""
