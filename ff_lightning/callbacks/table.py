@@ -9,13 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from ff_lightning.local.net import LocalNet
+from ff_lightning.local.windows import Windows, spans
 
 
 class BlockTable(Callback):
-    """Prints what each block is before training, and how accurate each block and the vote are after fit and test."""
+    """Prints what blocks and windows are before training, and how accurate each block and the vote are after it."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the blocks."""
+        """Print the blocks, and the windows where they are longer than a block."""
         net = getattr(pl_module, "net", None)
         if not trainer.is_global_zero or not isinstance(net, LocalNet):
             return
@@ -28,6 +29,8 @@ class BlockTable(Callback):
             name = block.name if k in net.trained else f"{block.name} (held)"
             table.add_row(f"{k:02d}", escape(name), shape, *sizes)
         Console().print(table)
+        if net.windows.kept is not None:
+            Console().print(_windows(net.windows))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the accuracies of the last validation, and where the checkpoints are."""
@@ -69,6 +72,20 @@ class BlockTable(Callback):
         table.add_section()
         table.add_row("all", "vote", shown(logged[f"{stage}/{name}"]), style="bold")
         Console().print(table)
+
+
+def _windows(windows: Windows) -> Table:
+    """The placements of the windows, in the order in which they take turns, and what they keep."""
+    table = Table(title=f"windows of reach={windows.reach}")
+    for column in ("batch", "blocks: share of what backprop keeps", "most"):
+        table.add_column(column, justify="left" if column.startswith("blocks") else "right")
+    for number, ends in enumerate(windows.placements):
+        shares = windows.shares(ends)
+        texts = [
+            f"{a}: {s:.2f}" if a == b else f"{a}-{b}: {s:.2f}" for (a, b), s in zip(spans(ends), shares, strict=True)
+        ]
+        table.add_row(str(number), "  ".join(texts), f"{max(shares):.2f}")
+    return table
 
 
 def _size(module: Any) -> int:

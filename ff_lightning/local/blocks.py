@@ -7,7 +7,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ff_lightning.heads import HeadFactory, make_head
 from ff_lightning.heads.factory import takes_mask, with_mask
-from ff_lightning.local.chain import Norm, hand_on, run_block
+from ff_lightning.local.chain import Norm, hand_on, held, run_block
 from ff_lightning.local.objectives import Loss, Place, make_objective
+from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.windows import Counter, Kept, Storages, Windows
+from ff_lightning.losses import LogSumExpLoss, check_classes
 from ff_lightning.partition import Block, Granularity, Hooked, Inputs, State, partition
 from ff_lightning.partition.block import main_output
 from ff_lightning.partition.trace import evaluating
@@ -175,6 +177,23 @@ class LocalBlocks(nn.Module):
         """The trainable parameters of block k and its objective."""
         both = (*self.blocks[k].parameters(), *self.objectives[k].parameters())
         return [parameter for parameter in both if parameter.requires_grad]
+
+    def _mode_of(self, k: int) -> AbstractContextManager[None]:
+        """A block that is not trained runs without a graph and in eval mode.
+
+        The mode is set for each run, since blocks may share modules without weights, such as a dropout.
+        """
+        return nullcontext() if k in self.trained else held((self.blocks[k], self.objectives[k]))
+
+    def _delivered(self, k: int, loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+        """The loss of a block with its gradients in the place of its graph."""
+        parameters = [self.block_parameters(j) if j == k else [] for j in range(k + 1)]
+        return deliver([Update((k,), loss, (loss.detach(),))], parameters, scaler).losses[0]
+
+    def _check_target(self, y: Tensor) -> None:
+        criterion = getattr(self.objectives[0], "criterion", None)
+        if isinstance(criterion, LogSumExpLoss) and not y.is_floating_point():
+            check_classes(y, self.num_classes, criterion.ignore_index)
 
     def compile_blocks(self) -> None:
         """Compile each block and each objective's head by itself, when it runs for the first time."""

@@ -5,7 +5,6 @@ Shapes: B batch, C channels, H x W or T positions, K classes, L blocks.
 
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import cast, get_args
 
@@ -16,12 +15,11 @@ from ff_lightning.heads import HEADS, HeadFactory, check_head
 from ff_lightning.heads.factory import with_mask
 from ff_lightning.heads.layers import position_means, without_padding
 from ff_lightning.local.blocks import LocalBlocks, by_hooks, state_of
-from ff_lightning.local.chain import Chain, Norm, held
+from ff_lightning.local.chain import Chain, Norm
 from ff_lightning.local.objectives import Loss, Objective, check_loss, checked_loss
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.votes import VOTES
 from ff_lightning.local.windows import check_reach
-from ff_lightning.losses import LogSumExpLoss, check_classes
 from ff_lightning.partition import Block, Example, Granularity, Inputs, cut
 from ff_lightning.partition.inputs import make_example
 from ff_lightning.util.arguments import (
@@ -222,13 +220,6 @@ class LocalNet(LocalBlocks):
             return chain.run(state_of(values), borders or range(len(blocks)))
         return chain.run_hooked(self.hooked, partial(self.inputs.call, self.hooked.model, values))
 
-    def _mode_of(self, k: int) -> AbstractContextManager[None]:
-        """A block that is not trained runs without a graph and in eval mode.
-
-        The mode is set for each run, since blocks may share modules without weights, such as a dropout.
-        """
-        return nullcontext() if k in self.trained else held((self.blocks[k], self.objectives[k]))
-
     def _losses(
         self, x: Example, y: Tensor, see: Callable[[int, Tensor], None] | None, scaler: torch.amp.GradScaler | None
     ) -> Iterator[tuple[Tensor, bool]]:
@@ -248,16 +239,6 @@ class LocalNet(LocalBlocks):
         for k, loss in enumerate(self._each(x, learn, borders, count=max(self.trained) + 1)):
             yield loss, k in borders
             del loss
-
-    def _delivered(self, k: int, loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
-        """The loss of a block with its gradients in the place of its graph."""
-        parameters = [self.block_parameters(j) if j == k else [] for j in range(k + 1)]
-        return deliver([Update((k,), loss, (loss.detach(),))], parameters, scaler).losses[0]
-
-    def _check_target(self, y: Tensor) -> None:
-        criterion = getattr(self.objectives[0], "criterion", None)
-        if isinstance(criterion, LogSumExpLoss) and not y.is_floating_point():
-            check_classes(y, self.num_classes, criterion.ignore_index)
 
     # ----------------------------------------------------------------------------------------------------- the learning
 

@@ -104,7 +104,9 @@ class Windows:
                     f"backprop keeps; windows keep up to {self._limit:.3f} instead",
                     stacklevel=5,
                 )
-        self.placements = sorted({self._from(first) for first in range(self.blocks)}, reverse=True)
+        one = not is_whole(reach) and self._fits(0, self.blocks - 1)
+        begins = range(1 if one else self.blocks)
+        self.placements = sorted({self._from(begin) for begin in begins}, reverse=True)
         if own_loss != 1 and self.longest == 1:
             warnings.warn(f"own_loss={own_loss} has no effect: no window of reach={reach} has two blocks", stacklevel=5)
         never = sorted(set(range(self.blocks)).difference(*self.placements))
@@ -116,7 +118,7 @@ class Windows:
             )
 
     def borders(self, number: int, trained: Container[int]) -> set[int]:
-        """The blocks behind which a pass of this number is cut; blocks that are not trained are windows of their own."""
+        """The blocks behind which a pass of this number is cut; a block that is not trained is a window by itself."""
         ends = self.placements[number % len(self.placements)]
         held = (k for k in range(self.blocks) if k not in trained or k + 1 not in trained)
         return {*ends, *held}
