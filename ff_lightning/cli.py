@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,6 +23,7 @@ from ff_lightning.commands.ckpt_path import find_checkpoint, read_checkpoint
 from ff_lightning.commands.sheet import main as sheet
 from ff_lightning.heads import GoodnessHead, PooledHead
 from ff_lightning.modules import LocalLearner
+from ff_lightning.tasks import task_of_name
 from ff_lightning.training.checkpoint_io import is_remote
 from ff_lightning.training.trust import check_stored
 
@@ -72,7 +74,10 @@ class CLI(LightningCLI):
 
         def value(data: LightningDataModule) -> Any:
             given = self.config[self.subcommand].model.init_args.get(name)
-            return getattr(data, name, None) if given is None else given
+            if given is not None:
+                return given.as_dict() if isinstance(given, Namespace) else given  # a class with its arguments
+            own = getattr(data, name, None)
+            return type(task_of_name(own)).__name__ if name == "task" and isinstance(own, str) else own
 
         return value
 

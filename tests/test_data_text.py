@@ -138,6 +138,21 @@ def test_several_labels_and_a_regression(write):
             assert target.tolist() == ([i % 2, i % 3 == 0] if module is labels else i / 4)
 
 
+def test_the_next_token_needs_no_labels_and_nothing_behind_a_text_is_a_target(write, tmp_path):
+    write(ROWS[0][0], "folder/a/0.txt")
+    for i, (text, label) in enumerate(ROWS):
+        write(text, f"folder/{label}/{i:02}.txt")
+    table = write("text\n" + "".join(f'"{text}"\n' for text, _ in ROWS))
+    for path in (table, str(tmp_path / "folder")):
+        module = ready(path, task="nexttoken", length=12)
+        assert module.num_classes == module.vocabulary
+        assert module.class_names[:2] == ["[PAD]", "[UNK]"]
+        for inputs, targets in module.test_dataloader():
+            told = inputs["attention_mask"] == 1
+            assert torch.equal(targets[told], inputs["input_ids"][told])
+            assert (targets[~told] == -100).all()
+
+
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [

@@ -234,7 +234,7 @@ def test_examples_that_do_not_fit(example, message):
         ((IDS, MASK[:, 1:]), r"attention_mask of shape \(2, 8\): must be \(2, 9\), one for each position of input_ids"),
         ((IDS, MASK.float()), "attention_mask of torch.float32: must be bool or whole numbers"),
         ((IDS, MASK, MASK), r"inputs \{.*'input 2': \(2, 9\)\}: the network was built for tensors \['input_ids'"),
-        ({"ids": IDS}, r"inputs \{'ids': \(2, 9\)\}: the network was built for"),
+        ({"ids": IDS, "more": IDS}, r"inputs \{'ids': \(2, 9\), 'more'.*the network was built for"),
         ({"input_ids": IDS, "attention_mask": None}, "'attention_mask': 'None'"),
         ("text", "the network was built for tensors"),
     ],
@@ -257,7 +257,7 @@ TEXTS = torch.arange(36).view(4, 9) % 50
 LABELS = torch.tensor([0, 1, 2, 1])
 
 
-def text_net(norm=None, head="pooled", granularity="block", loss=None, dropout=0.0):
+def text_net(norm="layer", head="pooled", granularity="block", loss=None, dropout=0.0):
     torch.manual_seed(0)
     model = text(3, 50, 12, width=16, depth=2, heads=2, dropout=dropout)
     return LocalNet(model, 3, granularity, head, norm, input_shape=(12,), vocabulary=50, loss=loss)
@@ -271,18 +271,18 @@ def gradients(net):
 
 @pytest.mark.parametrize(
     ("norm", "head", "loss"),
-    [(norm, head, None) for norm in (None, "layer", "length") for head in ("pooled", "deep", "paper")]
-    + [(None, "pooled", "predsim"), (None, "pooled", "supcon")],
+    [(norm, head, None) for norm in ("layer", "length", "none") for head in ("pooled", "deep", "paper")]
+    + [("layer", "pooled", "predsim"), ("layer", "pooled", "supcon")],
 )
 def test_a_padded_batch_equals_its_texts_one_by_one(norm, head, loss):
     """In scores, losses, gradients and normalised features, wherever the padding stands and whatever is in it."""
-    net = text_net(norm, head, "layer" if norm is None else "block", loss)
+    net = text_net(norm, head, "layer" if norm == "layer" else "block", loss)
     for side in ("right", "left"):
         mask = PADDED if side == "right" else PADDED.flip(1)
         ids = torch.zeros_like(TEXTS).masked_scatter(mask, TEXTS[PADDED])
         alone = [TEXTS[i : i + 1, :n] for i, n in enumerate(LENGTHS)]
-        padded = {"ids": ids, "mask": mask}
-        other = {"ids": ids.masked_fill(~mask, 49), "mask": mask.long()}
+        padded = {"input_ids": ids, "attention_mask": mask}
+        other = {"ids": ids.masked_fill(~mask, 49), "key_padding_mask": ~mask}
         scores = net.eval().goodness(padded)
         torch.testing.assert_close(scores, torch.cat([net.goodness(x) for x in alone], 1))
         assert torch.equal(scores, net.goodness((other["ids"], mask)))
@@ -320,13 +320,6 @@ def test_a_text_that_is_all_padding_harms_no_other():
     torch.testing.assert_close(scores[:, :3], net.goodness((TEXTS[:3], mask[:3])))
     net.loss((TEXTS, mask), LABELS).backward()
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
-
-
-def test_norms_and_heads_by_default():
-    assert text_net().norm == "channel"
-    net = LocalNet(Plain(nn.Conv1d, nn.BatchNorm1d), 10, input_shape=(3, 16))
-    assert net.norm == "layer"
-    assert [head.regions for head in net.heads] == [(4,), (4,)]
 
 
 def test_a_head_without_a_mask_is_given_zeros():
@@ -386,7 +379,7 @@ def test_blocks_are_put_on_top_of_a_masked_network():
 
 def test_a_masked_network_goes_through_export():
     net = text_net().export()
-    batch = {"ids": TEXTS, "mask": PADDED}
+    batch = {"input_ids": TEXTS, "attention_mask": PADDED}
     program = torch.export.export(net, (batch,))
     torch.testing.assert_close(program.module()(batch), net(batch))
 
@@ -406,5 +399,5 @@ def test_networks_of_tokens_that_do_not_fit(changes, message):
 
 
 def test_a_text_that_is_too_long():
-    with pytest.raises(ValueError, match=r"ids of shape \(1, 13\): must be of 12 ids or fewer"):
+    with pytest.raises(ValueError, match=r"input_ids of shape \(1, 13\): must be of 12 ids or fewer"):
         text_net()(torch.zeros(1, 13, dtype=torch.int64))

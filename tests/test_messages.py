@@ -64,7 +64,7 @@ ALLOWED = {
     "partition": {"model": [], "granularity": [], "example": OPTIONAL},
     "PooledHead": {
         "in_channels": [], "num_classes": [], "regions": OPTIONAL, "width": OPTIONAL, "kernel_size": [],
-        "size": OPTIONAL,
+        "size": [None, []],
     },
     "GoodnessHead": {
         "in_channels": [], "num_classes": [], "kernel_size": [], "temperature": [1.5], "learn_temperature": SWITCH,

@@ -29,8 +29,8 @@ def text(
         dropout: Share of the values dropped behind embeddings, attention and hidden layers.
 
     Returns:
-        A network from ids (B, T), int64, and a mask (B, T) to (B, num_classes). The mask is true or 1 at tokens and
-        false or 0 at padding, which may stand at either end; without it there is none.
+        A network from `input_ids` (B, T), int64, and `attention_mask` (B, T) to (B, num_classes). The mask is true or
+        1 at tokens and false or 0 at padding, which may stand at either end; without it there is none.
     """
     return _Encoder(num_classes, vocabulary, length, width, depth, heads, dropout)
 
@@ -47,9 +47,9 @@ class _Encoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, num_classes)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        mask = torch.ones_like(ids) if mask is None else mask
-        x = self.embed(ids, mask)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        x = self.embed(input_ids, mask)
         weights = mask.to(x.dtype)
         bias = (weights - 1)[:, None, None, :] * 1e4  # finite: in float16, and for a text that is all padding
         for layer in self.layers:

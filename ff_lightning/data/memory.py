@@ -193,6 +193,9 @@ class FileData(MemoryData):
         kwargs: batch_size, val_fraction, seed, samples_per_class, subset, val_from, classes; see `DataModule`.
     """
 
+    tasks: tuple[str, ...] = get_args(Task)
+    """What `task` may be."""
+
     def __init__(
         self,
         train: str,
@@ -205,7 +208,7 @@ class FileData(MemoryData):
     ) -> None:
         for name, path in (("train", train), ("val", val), ("test", test)):
             check_path(name, path, optional=name != "train")
-        check_choice("task", task, get_args(Task))
+        check_choice("task", task, self.tasks)
         check_switch("standardise_target", standardise_target)
         if standardise_target and task != "regression":
             raise ValueError(f"standardise_target=True is for task='regression', the task is {task!r}")

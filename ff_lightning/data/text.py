@@ -5,7 +5,7 @@ Shapes: N texts, T tokens of a text, B batch.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from ff_lightning.data.listing import class_files
 from ff_lightning.data.loaders import Split
 from ff_lightning.data.memory import FileData, Samples
 from ff_lightning.data.records import read_records, read_text
+from ff_lightning.losses import IGNORED
 from ff_lightning.training.plain import to_plain
 from ff_lightning.util.arguments import check_choice, check_delimiter, check_whole, shown
 from ff_lightning.util.files import printable
 
 Level = Literal["word", "byte"]
+TextTask = Literal["classification", "multilabel", "regression", "nexttoken"]
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 """The tokens 0 and 1."""
 CHUNK = 1000  # texts that are encoded at once
@@ -99,6 +101,8 @@ class Text(FileData):
         text: Column of the text.
         target: Column of the target: classes; for ``task="multilabel"`` a list of columns of 0 and 1; for
             ``task="regression"`` one or more columns of numbers. Folders have classes alone.
+        task: Also ``"nexttoken"``: targets are the ids themselves, int64 (B, T), -100 behind the text; there is no
+            `target`, and classes are the tokens.
         level: ``"word"``: words and punctuation, in small letters. ``"byte"``: byte-pair encoding, which knows no
             unknown words and keeps capitals.
         vocabulary: Most different tokens: the most frequent ones, 0 for padding and 1 for unknown words.
@@ -115,6 +119,8 @@ class Text(FileData):
         ValueError: If an argument or a file is not as it should be; line and column are named.
     """
 
+    tasks = get_args(TextTask)
+
     def __init__(
         self,
         train: str,
@@ -124,6 +130,7 @@ class Text(FileData):
         vocabulary: int = 10_000,
         length: int = 256,
         delimiter: str | None = None,
+        task: TextTask = "classification",
         **kwargs: Any,
     ) -> None:
         target, vocabulary, length = to_plain((target, vocabulary, length))
@@ -133,8 +140,10 @@ class Text(FileData):
         check_delimiter(delimiter)
         self.text, self.target, self.delimiter = text, target, delimiter
         self._encoder = TextEncoder(level, vocabulary, length)
-        super().__init__(train=train, **kwargs)
+        super().__init__(train=train, task=cast(Any, task), **kwargs)
         self.vocabulary = self._encoder.tokenizer.get_vocab_size()
+        if task == "nexttoken":
+            self.class_names = [self._encoder.tokenizer.id_to_token(number) for number in range(self.vocabulary)]
 
     def read_file(self, path: str) -> Samples:
         """All texts of a file or folder."""
@@ -143,7 +152,10 @@ class Text(FileData):
         else:
             records = read_records(path, self.delimiter)
             inputs = records.column("text", self.text)
-            targets, outputs = targets_of(records, self.target, self.task)
+            if self.task == "nexttoken":
+                targets, outputs = np.zeros(len(inputs), np.float32), None  # the ids are the targets: see `finish`
+            else:
+                targets, outputs = targets_of(records, self.target, self.task)
             samples = Samples(inputs, targets, records.path, records.lines, records.unit, outputs)
         for row, text in enumerate(samples.inputs):
             if not isinstance(text, str) or not text.strip():
@@ -155,8 +167,8 @@ class Text(FileData):
         return self._encoder
 
     def finish(self, split: Split) -> Callable[[tuple[Tensor, Tensor]], tuple[dict[str, Tensor], Tensor]]:
-        """What makes the dict of a batch."""
-        return with_mask
+        """What makes the dict of a batch, and targets of its ids where the task wants them."""
+        return with_next_tokens if self.task == "nexttoken" else with_mask
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: also the tokenizer, as the text of its file."""
@@ -176,14 +188,21 @@ class Text(FileData):
             )
 
     def _read_folder(self, path: str) -> Samples:
-        if self.task != "classification":
+        if self.task not in ("classification", "nexttoken"):
             raise ValueError(f"{path}: folders hold classes, not what task={self.task!r} needs: give a table")
         files, names = class_files(path, (".txt",))
         texts = np.array([read_text(file) for file in files], object)
-        return Samples(texts, np.array(names, object), path, np.array([printable(file) for file in files], object))
+        targets = np.array(names, object) if self.task == "classification" else np.zeros(len(texts), np.float32)
+        return Samples(texts, targets, path, np.array([printable(file) for file in files], object))
 
 
 def with_mask(batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """The ids of a batch with the mask of those that are tokens, and the targets."""
     ids, targets = batch
     return {"input_ids": ids.long(), "attention_mask": (ids != 0).long()}, targets
+
+
+def with_next_tokens(batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """The ids of a batch with their mask, and as targets the ids, `IGNORED` behind the text."""
+    inputs, _ = with_mask(batch)
+    return inputs, inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)

@@ -86,10 +86,11 @@ def region_means(features: Tensor, regions: tuple[int, ...]) -> Tensor:
 
     On a CPU, half its time or less: large regions are summed line by line, small ones by one matrix product.
     """
-    size = tuple(features.shape[2:])
+    size = tuple(features.shape[2:])  # no plain numbers where a network is traced for any size
     if size == regions:
         return features
-    if len(regions) != 2 or features.device.type != "cpu" or not features.is_contiguous():
+    plain = features.is_contiguous() and all(type(side) is int for side in size)
+    if len(regions) != 2 or features.device.type != "cpu" or not plain:
         return _MEANS[len(regions) - 1](features, regions)
     (lines, no_line), (width, no_column) = (divmod(side, part) for side, part in zip(size, regions, strict=True))
     if width >= 8 and no_line == no_column == 0:

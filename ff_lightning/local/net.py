@@ -53,8 +53,8 @@ class LocalNet(LocalBlocks):
             padding see `ff_lightning.heads.HeadFactory`.
         norm: What the next block sees of a block's output: normalised over all features of a sample (``"layer"``),
             over the channels of each position (``"channel"``), divided by its root mean square (``"length"``), or as
-            it is (``"none"``). The head sees it as it is. None: channel for token ids or where there is a padding
-            mask, since a norm over all tokens shows a causal network the next one; else layer.
+            it is (``"none"``). The head sees it as it is. Padding has no part in a norm: where there is a mask, layer
+            is channel, as transformers have it; so it is for token ids, which may be hidden from those before them.
         vote: How the blocks decide together: ``"mean"`` of goodness, mean weighted by ``"depth"``, ``"last"`` block,
             mean ``"log_softmax"``.
         input_shape: Of a sample: (C, H, W) of an image, (F,) of a vector, (C, T) of a signal, (C, D, H, W) of a volume,
@@ -107,7 +107,7 @@ class LocalNet(LocalBlocks):
         num_classes: int,
         granularity: Granularity = "block",
         head: str | HeadFactory = "pooled",
-        norm: Norm | None = None,
+        norm: Norm = "layer",
         vote: str = "mean",
         input_shape: Sequence[int] = (3, 32, 32),
         loss: Loss = None,
@@ -119,7 +119,7 @@ class LocalNet(LocalBlocks):
         super().__init__()
         check_network("model", model)
         check_whole("num_classes", num_classes, least=2 if loss is None or isinstance(loss, str) else 1)
-        check_choice("norm", norm, get_args(Norm), optional=True)
+        check_choice("norm", norm, get_args(Norm))
         check_choice("vote", vote, VOTES)
         check_head(head)
         check_loss(loss)
@@ -136,7 +136,7 @@ class LocalNet(LocalBlocks):
         self.loss_factory = loss
         self.num_classes = num_classes
         self.inputs = Inputs.of(model, example, vocabulary, longest)
-        self.norm: Norm = norm or ("channel" if self.inputs.mask or self.inputs.tokens else "layer")
+        self.norm: Norm = "channel" if norm == "layer" and self.inputs.tokens else norm
         self.vote = vote
         self.reach = reach
         self.own_loss = own_loss

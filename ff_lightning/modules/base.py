@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.local.updates import Update, deliver
-from ff_lightning.tasks import Task, Unlabelled
+from ff_lightning.tasks import Task, TaskName, Unlabelled
 from ff_lightning.training import checks
 from ff_lightning.training.factories import to_factory, to_task
 from ff_lightning.training.kept import kept
@@ -87,7 +87,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,
         vocabulary: int | None = None,
-        task: str | Callable[[], Task] | None = None,
+        task: TaskName | Callable[[], Task] | None = None,
         metrics: list[str] | None = None,
         optimizer: OptimizerCallable | None = None,
         lr: float | None = None,
@@ -143,7 +143,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         self.accumulate = accumulate
         self.phases = 1
         self._compile = compile
-        self._memory_format = checks.MEMORY_FORMATS[memory_format]
+        self._memory_format = memory_format
         self._units: list[list[nn.Module]] = []
 
     # ------------------------------------------------------------------------------------------------------ of a method
@@ -171,7 +171,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         """
         self._units = [list(modules) for modules in units.values()]
         self.unit_names = list(units)
-        self.to(memory_format=self._memory_format)
+        self.to(memory_format=checks.MEMORY_FORMATS[self._memory_format])
         if self._compile:
             for module in (module for modules in self._units for module in modules):
                 module.compile()

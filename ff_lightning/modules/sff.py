@@ -35,8 +35,7 @@ class SFF(LocalLearner):
         granularity: The units of training: ``"layer"``, ``"block"``, ``"stage"``, a number of units, or names of
             modules to cut after.
         head: ``"pooled"``, ``"deep"``, ``"paper"``, or a class such as `PooledHead` called with (channels, classes).
-        norm: Normalisation between the blocks: ``"layer"``, ``"channel"``, ``"length"`` or ``"none"``. None: channel
-            where there is a padding mask, as among tokens, else layer.
+        norm: Normalisation between the blocks: ``"layer"``, ``"channel"``, ``"length"`` or ``"none"``.
         vote: How the blocks decide: ``"mean"``, ``"depth"``, ``"last"`` or ``"log_softmax"``.
         loss: The local loss: ``"similarity"``, ``"predsim"``, ``"supcon"``, or a class or function that makes one for a
             block; see `ff_lightning.LocalNet`. None: the loss of the task, log-sum-exp for classes.
@@ -63,9 +62,9 @@ class SFF(LocalLearner):
         weights: str | None = None,
         granularity: Granularity = "block",
         head: Literal["pooled", "deep", "paper"] | HeadFactory = "pooled",
-        norm: Norm | None = None,
+        norm: Norm = "layer",
         vote: Literal["mean", "depth", "last", "log_softmax"] = "mean",
-        loss: str | Callable[[], nn.Module] | None = None,
+        loss: Literal["logsumexp", "similarity", "predsim", "supcon"] | Callable[[], nn.Module] | None = None,
         label_smoothing: float = 0.0,
         reach: int | float = 1,
         train_blocks: list[int | str] | None = None,

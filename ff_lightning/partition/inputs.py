@@ -80,11 +80,14 @@ class Inputs:
     def values(self, inputs: Example) -> tuple[Tensor, ...]:
         """The tensors in order, checked; a padding mask that is not given masks nothing.
 
+        A dict may use other names, such as those of `ff_lightning.data.Text`: its padding mask is the mask, and where a
+        single input is left on both sides, that is the main one.
+
         Raises:
             ValueError: If one is missing, not known, or has another shape or dtype than it should have. Ids outside of
                 the vocabulary are looked for on the CPU only, where that needs no wait for a device.
         """
-        given = _named(inputs, self.names)
+        given = self._renamed(_named(inputs, self.names))
         main = given.get(self.names[0])
         if self.mask and self.mask not in given and isinstance(main, Tensor) and main.ndim > self.mask_dim:
             count = (len(main), main.shape[self.mask_dim])
@@ -96,6 +99,19 @@ class Inputs:
         if self.mask:
             given[self.mask] = self._as_mask(given[self.mask], given[self.names[0]])
         return tuple(given[name] for name in self.names)
+
+    def _renamed(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What was given, under the names of the network."""
+        others = [name for name in given if name not in self.names]
+        mask = next((name for name in others if name in MASKS and self.mask), None)
+        if self.mask and mask is not None and self.mask not in given and isinstance(given[mask], Tensor):
+            given[self.mask] = given.pop(mask) != 0
+            if MASKS[mask] != MASKS[self.mask]:
+                given[self.mask] = ~given[self.mask]
+            others.remove(mask)
+        if len(others) == 1 and self.names[0] not in given and others[0] not in MASKS:
+            given[self.names[0]] = given.pop(others[0])
+        return given
 
     def covers(self, map_shape: Sequence[int]) -> bool:
         """Whether the mask has a place for each position of features of a shape (C, T)."""

@@ -93,14 +93,14 @@ def check_path(argument: str, value: Any, optional: bool = False) -> None:
         raise ValueError(f"{argument}={shown(value)}: must be a path{_or_none(optional)}")
 
 
+_FORMS = {1: "(T,)", 2: "(C, T)", 3: "(C, H, W)", 4: "(C, D, H, W)"}
+_LAYERS = {nn.Embedding: 1, nn.Conv1d: 2, nn.Conv2d: 3, nn.Conv3d: 4}
+
+
 def check_delimiter(value: Any) -> None:
     """Raise ValueError unless a value is one character, or None."""
     if value is not None and not (isinstance(value, str) and len(value) == 1):
         raise ValueError(f"delimiter={shown(value)}: must be one character, or None")
-
-
-_FORMS = {1: "(T,)", 2: "(C, T)", 3: "(C, H, W)", 4: "(C, D, H, W)"}
-_LAYERS = {nn.Embedding: 1, nn.Conv1d: 2, nn.Conv2d: 3, nn.Conv3d: 4}
 
 
 def check_shape(argument: str, value: Any, model: Any = None) -> None:
