@@ -149,29 +149,39 @@ class LocalBlocks(nn.Module):
         self.windows = Windows(self.reach, names, None if local else self._kept(), self.own_loss)
 
     def _kept(self) -> Kept:
-        """What each block keeps of the example."""
-        counter = Counter(self.parameters())
-        kept: list[Storages] = []
-        graphs: list[Any] = []
-        with evaluating(self), torch.enable_grad(), counter.counting():
+        """What each block keeps of an example: as much more as a batch of two keeps."""
+        with evaluating(self), torch.enable_grad():
             values = self._example_here()
+            once, twice = (self._storages([torch.cat([value] * count) for value in values]) for count in (1, 2))
+        inputs, *parts, backprop = [
+            {address: size - of_one for (address, size), of_one in zip(two.items(), one.values(), strict=True)}
+            for one, two in zip(once, twice, strict=True)
+        ]
+        return Kept(parts[::2], parts[1::2], inputs, sum(backprop.values()))
+
+    def _storages(self, values: Sequence[Tensor]) -> list[Storages]:
+        """What is kept: of the batch itself, of each block and its norm in turn, and of all without norms and heads."""
+        counter = Counter(self.parameters())
+        found: list[Storages] = []
+        graphs: list[Any] = []
+        with counter.counting():
             state = state_of(values)
             for k, block in enumerate(cast(Iterable[Block], self.blocks)):
                 mask = self.inputs.valid(values) if self._is_masked(k) else None
                 out = block(state)
-                kept.append(counter.take())
+                of_block = counter.take()
                 outside, features = hand_on(block, main_output(out), self.norm, False, True, mask)
-                kept.append(counter.take())
+                of_norm = counter.take()
                 with suppress(NotImplementedError):  # an objective without scores
                     graphs.append(with_mask(self.objectives[k], self._take_mask["forward"][k], features, mask))
-                kept[-2] |= counter.take()
+                found += [of_block | counter.take(), of_norm]
                 state = (outside, *out[1:]) if isinstance(out, tuple) else outside
+            graphs.append(state)
             state = state_of(values)
             for block in cast(Iterable[Block], self.blocks):
                 state = block(state)
-            batch = {value.untyped_storage().data_ptr() for value in values}
-            inputs = {address: size for address, size in kept[0].items() if address in batch}
-            return Kept(kept[::2], kept[1::2], inputs, sum(counter.take().values()))
+        batch = {value.untyped_storage().data_ptr() for value in values}
+        return [{address: size for address, size in found[0].items() if address in batch}, *found, counter.take()]
 
     def block_parameters(self, k: int) -> list[nn.Parameter]:
         """The trainable parameters of block k and its objective."""

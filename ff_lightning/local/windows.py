@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Container, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ Storages = dict[int, int]
 
 @dataclass(frozen=True)
 class Kept:
-    """What autograd keeps of a batch for backward, parameters aside."""
+    """What autograd keeps of an example for backward, parameters aside."""
 
     blocks: Sequence[Storages]
     """Of each block and its objective."""
@@ -94,7 +95,7 @@ class Windows:
         self.own_loss = own_loss
         self.blocks = len(names)
         self._limit = float(reach)
-        if kept is not None and not is_whole(reach):
+        if kept is not None and not is_whole(reach) and reach < 1:
             shares = [kept.share(k, k) for k in range(self.blocks)]
             largest = max(range(self.blocks), key=shares.__getitem__)
             if shares[largest] > reach:
@@ -161,7 +162,7 @@ class Windows:
 
 def check_reach(reach: Any, blocks: int) -> None:
     """Raise ValueError unless a reach is a number of blocks, or a share as a float."""
-    is_share = isinstance(reach, float) and 0 < reach <= 1
+    is_share = isinstance(reach, Real) and not isinstance(reach, bool | Integral) and 0 < float(reach) <= 1
     if not is_share and not (is_whole(reach) and 1 <= reach <= blocks):
         raise ValueError(
             f"reach={shown(reach)}: must be 1 to {blocks}, the number of blocks, or a float above 0 and at most 1.0, a "
