@@ -20,6 +20,9 @@ from ff_lightning import __version__
 from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint
 from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
 from ff_lightning.commands.ckpt_path import find_checkpoint, read_checkpoint
+from ff_lightning.commands.export import main as export
+from ff_lightning.commands.predict import is_of_files
+from ff_lightning.commands.predict import main as predict
 from ff_lightning.commands.sheet import main as sheet
 from ff_lightning.heads import GoodnessHead, PooledHead
 from ff_lightning.modules import LocalLearner
@@ -91,17 +94,21 @@ class CLI(LightningCLI):
         _Parser.commands = self._subcommand_parsers
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; what a checkpoint says of its model and data replaces defaults, not the user's own arguments."""
-        super().parse_arguments(parser, args)
-        subcommand = self.config.subcommand
+        """Parse; what a checkpoint says of its model and data replaces defaults, not the user's own arguments.
+
+        A class that is asked for brings its own defaults: jsonargparse would keep those of the default class.
+        """
+        given = sys.argv[1:] if args is None else args
+        first = parser.parse_args([argument for argument in given if not argument.startswith("--print_config")])
+        subcommand = first.subcommand
         try:
-            path = self._ckpt_path(self.config[subcommand])
-            defaults = {} if path is None else self._stored_in(read_checkpoint(path))
+            path = self._ckpt_path(first[subcommand])
+            stored = {} if path is None else self._stored_in(read_checkpoint(path), first[subcommand])
         except ValueError as error:
             parser.error(str(error))
-        if defaults:
-            self._subcommand_parsers[subcommand].set_defaults(defaults)
-            super().parse_arguments(parser, args)
+        chosen = {part: {"class_path": first[subcommand][part].class_path} for part in ("model", "data")}
+        self._subcommand_parsers[subcommand].set_defaults({**chosen, **stored})
+        super().parse_arguments(parser, args)
         if path is not None:
             self.config[subcommand].ckpt_path = path
 
@@ -114,7 +121,7 @@ class CLI(LightningCLI):
             return None
         return path if is_remote(path) else str(Path(path).expanduser())
 
-    def _stored_in(self, checkpoint: Any) -> dict[str, Any]:
+    def _stored_in(self, checkpoint: Any, config: Any) -> dict[str, Any]:
         """Model and data of a checkpoint that was written by the command line, if it may name what it names."""
         found = {}
         for part, key, kind in (
@@ -122,7 +129,7 @@ class CLI(LightningCLI):
         ):  # fmt: skip
             stored = checkpoint.get(key, {})
             if "_class_path" in stored:
-                check_stored(part, stored, kind, self.config[self.config.subcommand].get(part))
+                check_stored(part, stored, kind, config.get(part))
                 arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
                 found[part] = {"class_path": stored["_class_path"], "init_args": arguments}
         return found
@@ -150,6 +157,13 @@ class CLI(LightningCLI):
     before_validate = before_predict = before_test
 
 
+def _own_command(given: Sequence[str]) -> Callable[[Sequence[str]], None] | None:
+    """What runs without the Trainer, and so is no subcommand of LightningCLI."""
+    if is_of_files(given):
+        return predict
+    return {"sheet": sheet, "export": export}.get(given[0]) if given else None
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run a subcommand: fit, validate, test or predict, or sheet.
 
@@ -159,8 +173,9 @@ def main(args: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else list(args)
     with process_as_it_was(), in_one_line():
         sys.path.append(os.getcwd())  # the user's own classes; last, or a file there could stand for a package
-        if given[:1] == ["sheet"]:  # needs neither model nor trainer, which a subcommand of LightningCLI has
-            sheet(given[1:])
+        own = _own_command(given)
+        if own is not None:
+            own(given[1:])
             return
         check_configs(given)
         _Parser.given = given

@@ -21,7 +21,7 @@ class BlockTable(Callback):
         if not trainer.is_global_zero or not isinstance(net, LocalNet):
             return
         table = Table(title=f"{len(net.blocks)} blocks, each with a local loss")
-        for column in ("block", "module", "features", "parameters", "of its head", "kept / image"):
+        for column in ("block", "module", "features", "parameters", "of its head", "kept / sample"):
             table.add_column(column, justify="left" if column in ("block", "module") else "right")
         for k, (block, objective) in enumerate(zip(cast(Any, net.blocks), net.objectives, strict=True)):
             shape = " x ".join(map(str, block.map_shape))
@@ -66,7 +66,7 @@ class BlockTable(Callback):
         table.add_column("%" if in_percent else name, justify="right")
         shown = (lambda value: f"{100 * float(value):.2f}") if in_percent else (lambda value: f"{float(value):.4g}")
         for k, unit in enumerate(learner.unit_names):
-            key = f"{stage}/block{k:02d}_{name}"
+            key = f"{stage}/{learner.unit_key(k)}_{name}"
             if key in logged:
                 table.add_row(f"{k:02d}", escape(unit), shown(logged[key]))
         table.add_section()
