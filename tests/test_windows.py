@@ -157,14 +157,13 @@ def test_what_is_kept_stays_below_the_share_of_backprop(network, share):
     assert max(found) <= 1.01 * max(share, *(net.windows.kept.share(k, k) for k in range(len(net.blocks))))
 
 
-NETWORKS = [("resnet18", 64), ("resnet50", 64), ("mobilenet_v3_small", 64), ("densenet121", 64), ("vit_b_16", 32),
-            ("swin_t", 64), ("convnext_tiny", 64), ("efficientnet_b0", 64), ("vgg11_bn", 64)]  # fmt: skip
+NETWORKS = ["resnet18", "resnet50", "mobilenet_v3_small", "densenet121", "convnext_tiny", "efficientnet_b0", "vgg11_bn"]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:reach=")
-@pytest.mark.parametrize(("name", "side"), NETWORKS)
-def test_what_real_networks_keep_stays_below_the_share_of_backprop(name, side):
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_real_networks_keep_stays_below_the_share_of_backprop(name, side=64):
     net = make(build_backbone(name, 10, (3, side, side)), input_shape=(3, side, side), reach=0.4)
     x, y = torch.randn(4, 3, side, side), torch.arange(4)
     whole = of_backprop(net, x)

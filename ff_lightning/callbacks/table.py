@@ -28,6 +28,12 @@ class BlockTable(Callback):
             sizes = f"{_size(block):,}", f"{_size(objective):,}", f"{block.saved_bytes / 1024:,.0f} KiB"
             name = block.name if k in net.trained else f"{block.name} (held)"
             table.add_row(f"{k:02d}", escape(name), shape, *sizes)
+        table.add_section()
+        kept, backprop = (f"{size / 1024:,.0f} KiB" if size else "" for size in kept_per_image(net))
+        both = _size(net.blocks), _size(net.objectives)
+        table.add_row("all", "at most", "", *(f"{size:,}" for size in both), kept, style="bold")
+        if backprop:
+            table.add_row("", "backprop", "", "", "", backprop)
         Console().print(table)
         if net.windows.kept is not None:
             Console().print(_windows(net.windows))
@@ -72,6 +78,28 @@ class BlockTable(Callback):
         table.add_section()
         table.add_row("all", "vote", shown(logged[f"{stage}/{name}"]), style="bold")
         Console().print(table)
+
+
+class LogShortEpochs(Callback):
+    """Logs at least once in an epoch that is shorter than the interval of the Trainer (50 steps by default)."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shorten the interval."""
+        of_trainer = cast(Any, trainer)
+        of_trainer.log_every_n_steps = max(1, min(of_trainer.log_every_n_steps, int(trainer.num_training_batches)))
+
+
+def kept_per_image(net: LocalNet) -> tuple[int, int]:
+    """Bytes that autograd keeps at most for one image in training: with local losses, and by backpropagation.
+
+    Heads are in the first figure; parameters and the loss itself do not count. Backpropagation is that of the blocks as
+    they are, without norms between them and without a classifier. Networks that run by hooks are not counted: (0, 0).
+    """
+    if net.hooked is not None:
+        return 0, 0
+    kept = net.windows.kept or net.kept()
+    most = max(kept.share(first, last) for ends in net.windows.placements for first, last in spans(ends))
+    return round(most * kept.backprop), kept.backprop
 
 
 def _windows(windows: Windows) -> Table:

@@ -146,12 +146,12 @@ class LocalBlocks(nn.Module):
         """Place the windows for the blocks that are there."""
         names = [cast(str, block.name) for block in self.blocks]
         local = is_whole(self.reach) and self.reach == 1
-        self.windows = Windows(self.reach, names, None if local else self._kept(), self.own_loss)
+        self.windows = Windows(self.reach, names, None if local else self.kept(), self.own_loss)
 
-    def _kept(self) -> Kept:
-        """What each block keeps of an example: as much more as a batch of two keeps."""
+    def kept(self) -> Kept:
+        """What autograd keeps for one example in the blocks: as much as a batch of two keeps more."""
         with evaluating(self), torch.enable_grad():
-            values = self._example_here()
+            values = [value[:1] for value in self._example_here()]
             once, twice = (self._storages([torch.cat([value] * count) for value in values]) for count in (1, 2))
         inputs, *parts, backprop = [
             {address: size - of_one for (address, size), of_one in zip(two.items(), one.values(), strict=True)}
