@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 from torch import nn
 from torchvision import models
 
+from ff_lightning.backbones.cfse import cfse
 from ff_lightning.backbones.cnn import cnn
 from ff_lightning.backbones.mlp import mlp
 from ff_lightning.backbones.signal import signal
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 
 Stem = Literal["standard", "small"]
 
+_MODULE = "an nn.Module (in YAML: class_path and init_args)"
+_OTHERS = "for vectors there is 'mlp', for signals (C, T) 'signal', for token ids 'text'"
+
 
 def build_backbone(
     name: str,
@@ -34,8 +38,8 @@ def build_backbone(
     """Build a network by its name, fit for samples of a shape.
 
     Args:
-        name: ``"cnn"``, ``"mlp"``, ``"signal"`` or ``"text"``, the name of a torchvision classification model, or
-            ``"timm/NAME"`` where timm is installed.
+        name: ``"cnn"``, ``"cfse"``, ``"mlp"``, ``"signal"`` or ``"text"``, the name of a torchvision classification
+            model, or ``"timm/NAME"`` where timm is installed.
         num_classes: Outputs of the classifier.
         input_shape: (C, H, W) of an image, of which only C matters here, (C, T) of a signal, (T,) for the most tokens
             of a text; an mlp takes any shape.
@@ -46,11 +50,15 @@ def build_backbone(
     Raises:
         ValueError: If the name or the weights are not known, or the weights, the shape or the vocabulary do not fit.
     """
-    check_shape("input_shape", input_shape, name)
     check_whole("vocabulary", vocabulary, optional=True)
-    if (vocabulary is not None) != (name == "text"):
-        needs = "must be the number of token ids" if name == "text" else "must be None: it takes no token ids"
-        raise ValueError(f"vocabulary={vocabulary} for backbone={name!r}: {needs}")
+    if name != "text" and vocabulary is not None:
+        raise ValueError(f"backbone={name!r} takes no token ids (vocabulary={vocabulary}): give 'text', or {_MODULE}")
+    if name == "text" and vocabulary is None:
+        raise ValueError("backbone='text' needs the vocabulary, the number of token ids, and input_shape=(T,)")
+    try:
+        check_shape("input_shape", input_shape, name)
+    except ValueError as error:
+        raise ValueError(f"{error} for backbone={name!r}; {_OTHERS}") from None
     model = _build(name, num_classes, input_shape, vocabulary)
     if weights is not None:
         load_weights(model, read_weights(name, weights))
@@ -65,6 +73,7 @@ def build_backbone(
 def _build(name: str, num_classes: int, shape: Sequence[int], vocabulary: int | None) -> nn.Module:
     own: dict[str, Callable[[], nn.Module]] = {
         "cnn": lambda: cnn(num_classes, shape[0]),
+        "cfse": lambda: cfse(num_classes, shape[0]),
         "mlp": lambda: mlp(num_classes, math.prod(shape)),
         "signal": lambda: signal(num_classes, shape[0]),
         "text": lambda: text(num_classes, cast(int, vocabulary), shape[0]),
@@ -89,7 +98,6 @@ def _build(name: str, num_classes: int, shape: Sequence[int], vocabulary: int | 
             "backbone",
             name,
             known,
-            f"one of {list(own)}, the name of a torchvision model, 'timm/NAME', or an nn.Module (in YAML: class_path "
-            "and init_args)",
+            f"one of {list(own)}, the name of a torchvision model, 'timm/NAME', or {_MODULE}",
         )
     )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ff_lightning.backbones import Stem
 from ff_lightning.heads.layers import position_means
-from ff_lightning.local.chain import Norm, run_block
+from ff_lightning.local.chain import Norm, norm_for, run_block
 from ff_lightning.local.updates import Update
 from ff_lightning.modules.base import LocalLearner
 from ff_lightning.partition import Block, Example, Granularity, Inputs, State, partition
@@ -34,7 +34,7 @@ class NormedBlocks(nn.Module):
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(partition(model, granularity, example))
-        self.norm = norm
+        self.norm = norm_for(norm, inputs)
         self.inputs = inputs
         self.classifier = nn.Linear(cast(Block, self.blocks[-1]).map_shape[0], num_classes)
 
