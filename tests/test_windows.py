@@ -157,7 +157,16 @@ def test_what_is_kept_stays_below_the_share_of_backprop(network, share):
     assert max(found) <= 1.01 * max(share, *(net.windows.kept.share(k, k) for k in range(len(net.blocks))))
 
 
-NETWORKS = ["resnet18", "resnet50", "mobilenet_v3_small", "densenet121", "convnext_tiny", "efficientnet_b0", "vgg11_bn"]
+NETWORKS = [
+    "swin_t",
+    "resnet18",
+    "resnet50",
+    "mobilenet_v3_small",
+    "densenet121",
+    "convnext_tiny",
+    "efficientnet_b0",
+    "vgg11_bn",
+]
 
 
 @pytest.mark.slow
