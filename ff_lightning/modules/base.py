@@ -84,6 +84,10 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         ValueError: If an argument is out of its range or not known.
     """
 
+    overlaps_steps = False
+    """Whether, on several processes, a unit may step while the next update is computed: only where no update needs the
+    step of the one before, so that each unit comes once in a batch."""
+
     def __init__(
         self,
         num_classes: int | None = None,

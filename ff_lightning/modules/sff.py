@@ -52,6 +52,8 @@ class SFF(LocalLearner):
         20
     """
 
+    overlaps_steps = True
+
     def __init__(
         self,
         backbone: str | nn.Module = "cnn",
@@ -60,7 +62,7 @@ class SFF(LocalLearner):
         stem: Stem = "standard",
         weights: str | None = None,
         granularity: Granularity = "block",
-        head: Literal["pooled", "deep", "paper"] | HeadFactory = "pooled",
+        head: Literal["pooled", "deep", "paper", "groups"] | HeadFactory = "pooled",
         norm: Norm = "layer",
         vote: Literal["mean", "depth", "last", "log_softmax"] = "mean",
         loss: Literal["logsumexp", "similarity", "predsim", "supcon"] | Callable[[], nn.Module] | None = None,
