@@ -32,25 +32,19 @@ class SFF(LocalLearner):
         stem: ``"small"`` swaps a strided stem and its max-pooling for a 3x3 convolution: for images of 32 pixels.
         weights: To start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of a
             state dict, whose classifier may be one for other classes.
-        granularity: The units of training: ``"layer"``, ``"block"``, ``"stage"``, a number of units, or names of
-            modules to cut after.
+        granularity: ``"layer"``, ``"block"``, ``"stage"``, a number of units, or names of modules to cut after.
         head: ``"pooled"``, ``"deep"``, ``"paper"``, or a class such as `PooledHead` called with (channels, classes).
         norm: Normalisation between the blocks: ``"layer"``, ``"channel"``, ``"length"`` or ``"none"``.
         vote: How the blocks decide: ``"mean"``, ``"depth"``, ``"last"`` or ``"log_softmax"``.
         loss: The local loss: ``"similarity"``, ``"predsim"``, ``"supcon"``, or a class or function that makes one for a
             block; see `ff_lightning.LocalNet`. None: the loss of the task, log-sum-exp for classes.
         label_smoothing: Share of the target that is spread evenly over all classes.
-        reach: How many blocks a loss trains at most: its own and those below it. Above 1, the borders move from step
-            to step, and memory grows with it. A float up to 1.0: windows of blocks that keep at most this share of
-            what backprop keeps; 1.0 is backprop with deep supervision. See `ff_lightning.LocalNet`.
+        reach: How many blocks a loss trains at most, its own and those below it; or the share of what backprop keeps
+            that they may keep, up to 1.0, which is backprop with deep supervision. See `ff_lightning.LocalNet`.
+        own_loss: Weight of a block's own loss for each block between it and the end of its window, 0 to 1.
         train_blocks: Numbers or names of the only blocks to train; the others keep weights and running statistics, and
             do not vote unless a checkpoint brings trained heads for them.
         kwargs: How it is trained: task, optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
-
-    Example:
-        >>> model = SFF(backbone="resnet18", num_classes=10, stem="small", granularity="layer")
-        >>> len(model.net.blocks)
-        20
     """
 
     overlaps_steps = True
