@@ -7,19 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 from ff_lightning.heads import GoodnessHead, PooledHead
 from ff_lightning.local.net import LocalNet
+from ff_lightning.local.objectives import Objective
+from ff_lightning.local.updates import Update
 from ff_lightning.partition import partition
 
 if TYPE_CHECKING:
-    from ff_lightning import data
+    from ff_lightning import data, tasks
     from ff_lightning.modules import SFF, Backprop, LocalLearner
 
-__all__ = ["SFF", "Backprop", "GoodnessHead", "LocalLearner", "LocalNet", "PooledHead", "data", "partition"]
+__all__ = [
+    "SFF",
+    "Backprop",
+    "GoodnessHead",
+    "LocalLearner",
+    "LocalNet",
+    "Objective",
+    "PooledHead",
+    "Update",
+    "data",
+    "partition",
+    "tasks",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs Lightning when it is asked for: plain PyTorch users do not wait for it."""
-    if name == "data":
-        return importlib.import_module("ff_lightning.data")
+    if name in ("data", "tasks"):
+        return importlib.import_module(f"ff_lightning.{name}")
     if name in ("SFF", "Backprop", "LocalLearner"):
         return getattr(importlib.import_module("ff_lightning.modules"), name)
     raise AttributeError(f"module 'ff_lightning' has no attribute {name!r}")

@@ -25,7 +25,7 @@ from ff_lightning.modules import LocalLearner
 from ff_lightning.training.checkpoint_io import is_remote
 from ff_lightning.training.trust import check_stored
 
-_FROM_DATA = ("num_classes", "input_shape")
+_FROM_DATA = ("num_classes", "input_shape", "task")
 
 
 class _Parser(LightningArgumentParser):
@@ -59,9 +59,6 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.set_defaults(
             {
-                "checkpoint.monitor": "val/acc",
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "epoch{epoch:03d}-acc{val/acc:.4f}",
                 "checkpoint.auto_insert_metric_name": False,
                 "model": {"class_path": "ff_lightning.SFF"},
                 "data": {"class_path": "ff_lightning.data.Digits"},

@@ -3,6 +3,7 @@
 Shapes: B batch, K classes.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +18,7 @@ def logsumexp_loss(goodness: Tensor, target: Tensor, label_smoothing: float = 0.
 
     Args:
         goodness: (B, K), floating.
-        target: Class numbers, (B,), int64.
+        target: Class numbers, (B,), int64, or probabilities of the classes, (B, K).
         label_smoothing: Share of the target that is spread evenly over all classes, 0 to 1.
 
     Returns:
@@ -34,20 +35,125 @@ def logsumexp_loss(goodness: Tensor, target: Tensor, label_smoothing: float = 0.
 
 
 class LogSumExpLoss(nn.Module):
-    """`logsumexp_loss` with its label smoothing kept.
+    """`logsumexp_loss` with its settings kept.
 
     Args:
         label_smoothing: Share of the target that is spread evenly over all classes.
+        class_weights: (K,), how much the images of each class weigh; None: alike.
+        ignore_index: Images with this target do not count; None: there are none.
 
     Raises:
         ValueError: If `label_smoothing` is outside 0 to 1.
     """
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
         super().__init__()
         check_number("label_smoothing", label_smoothing, least=0, most=1)
         self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, goodness: Tensor, target: Tensor) -> Tensor:
-        """The loss of a batch; see `logsumexp_loss`."""
-        return logsumexp_loss(goodness, target, self.label_smoothing)
+        """The loss of a batch; see `logsumexp_loss`. 0 where no image counts."""
+        ignored = -100 if self.ignore_index is None else self.ignore_index
+        loss = F.cross_entropy(
+            goodness.float(),
+            target,
+            weight=self.class_weights,
+            label_smoothing=self.label_smoothing,
+            ignore_index=ignored,
+        )
+        if self.ignore_index is None:
+            return loss
+        return torch.where((target == ignored).all(), torch.zeros_like(loss), loss)  # of no image at all: 0 / 0
+
+
+def check_classes(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
+    """Raise ValueError if a class is outside 0 ... K-1. Looks only where that needs no wait for a device."""
+    if target.device.type != "cpu" or not target.numel():
+        return
+    lowest, highest = int(target.min()), int(target.max())
+    if lowest >= 0 and highest < num_classes:
+        return
+    wrong = target[(target < 0) | (target >= num_classes)]
+    wrong = wrong if ignore_index is None else wrong[wrong != ignore_index]
+    if wrong.numel():
+        label = int(wrong.min() if wrong.min() < 0 else wrong.max())
+        raise ValueError(f"label {label} in the batch: num_classes={num_classes} allows 0 to {num_classes - 1}")
+
+
+def similarity_loss(features: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Similarity matching: the mean squared difference between the similarities of features and those of targets.
+
+    The similarity of two images is the cosine of their centred vectors: for features the standard deviations of their
+    channels over space (the channels themselves for vectors), for targets one-hot classes.
+
+    Args:
+        features: (B, C, ...), floating.
+        target: Class numbers, (B,), int64, or probabilities of the classes, (B, K).
+        num_classes: K.
+
+    Returns:
+        A scalar, float32.
+
+    Source: Nøkland and Eidnes, Training Neural Networks with Local Error Signals, arXiv 1901.06656; the standard
+    deviation is in their code alone.
+    """
+    x = features.float()
+    x = x.flatten(1) if x[0, 0].numel() == 1 else x.flatten(2).std(2)
+    y = target.float() if target.is_floating_point() else F.one_hot(target, num_classes).float()
+    return F.mse_loss(_similarities(x), _similarities(y))
+
+
+def _similarities(x: Tensor) -> Tensor:
+    return F.linear(*2 * [F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-8)])
+
+
+def supervised_contrastive_loss(features: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
+    """Images of one class attract each other, all others repel; an image that is alone with its class does not count.
+
+    Args:
+        features: (B, D), of length 1.
+        target: Class numbers, (B,), int64.
+        temperature: Of the similarities.
+
+    Returns:
+        A scalar, float32.
+
+    Raises:
+        ValueError: If the targets are no class numbers.
+
+    Source: Khosla et al., Supervised Contrastive Learning, arXiv 2004.11362, ``L_out``.
+    """
+    if target.is_floating_point() or target.ndim != 1:
+        raise ValueError(f"targets of shape {tuple(target.shape)}, {target.dtype}: supcon needs class numbers (B,)")
+    logits = features.float() @ features.float().T / temperature
+    itself = torch.eye(len(target), dtype=torch.bool, device=target.device)
+    logs = logits.masked_fill(itself, -torch.inf).log_softmax(1).masked_fill(itself, 0.0)
+    partners = (target[:, None] == target) & ~itself
+    count = partners.sum(1)
+    per_image = -(logs * partners).sum(1) / count.clamp(min=1)
+    return per_image.sum() / (count > 0).sum().clamp(min=1)
+
+
+def threshold_loss(positive: Tensor, negative: Tensor, theta: float | Tensor) -> Tensor:
+    """The contrastive local loss of Forward-Forward: goodness above theta for positive data, below for negative.
+
+    Args:
+        positive: Goodness of positive data, (B,).
+        negative: Goodness of negative data, (B,).
+        theta: The threshold.
+
+    Returns:
+        A scalar: the mean over all of ``softplus(theta - g)`` and ``softplus(g - theta)``, which never overflows.
+
+    Source: Hinton, The Forward-Forward Algorithm, arXiv 2212.13345.
+    """
+    return F.softplus(torch.cat([theta - positive, negative - theta])).mean()

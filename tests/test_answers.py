@@ -46,7 +46,7 @@ VALUES = [
     ("--model.head poled", "head='poled' .*or the name of a class; did you mean 'pooled'"),
     ("--model.lr x", "lr='x': must be a number or null$"),
     ("--model.reach 1.5", "reach='1.5': must be a whole number$"),
-    ("--model.input_shape [32,32]", r"input_shape='\[32, 32\]': must be a list of 3 or null"),
+    ("--model.input_shape [32,32]", r"input_shape=\(32, 32\): must be \(C, H, W\), whole numbers"),
     ("--model.optimizer SDG", "optimizer='SDG' .*did you mean 'SGD'"),
     ("--model.optimizer SGD --model.optimizer.momentun 1", "'momentun' is not accepted; did you mean 'momentum'"),
     ("--model.optimizer nomodule.SGD", "optimizer='nomodule.SGD'.*No module named 'nomodule'"),

@@ -64,9 +64,7 @@ def test_weights_reach_the_blocks_and_a_checkpoint_does_not_need_their_file(tmp_
     path = saved(tmp_path, source.state_dict())
     model = SFF(backbone="resnet18", num_classes=10, weights=path)
     assert torch.equal(model.net.backbone_state_dict()["layer3.0.conv1.weight"], source.layer3[0].conv1.weight)
-    assert torch.equal(
-        Backprop(backbone="resnet18", num_classes=10, weights=path).net.model.fc.weight, source.fc.weight
-    )
+    assert torch.equal(Backprop(backbone="resnet18", num_classes=10, weights=path).net.fc.weight, source.fc.weight)
     assert "weights" not in model.hparams
 
 
@@ -79,7 +77,7 @@ def test_weights_of_a_checkpoint_for_other_classes(name, granularity, tmp_path, 
         again = SFF(backbone=name, num_classes=7, weights=path)
         end_to_end = Backprop(backbone=name, num_classes=7, weights=path)
     assert "a checkpoint of SFF has none" in caplog.text
-    own = end_to_end.net.model.state_dict()
+    own = end_to_end.net.state_dict()
     for key, value in features.items():
         assert torch.equal(again.net.backbone_state_dict()[key], value), key
         assert torch.equal(own[key], value), key

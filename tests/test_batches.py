@@ -11,9 +11,12 @@ from tests.conftest import small_net
 X, Y = torch.randn(8, 1, 8, 8), torch.arange(8) % 10
 
 WRONG = {
-    "dict": ({"image": X, "label": Y}, r"a batch is a dict with the keys \['image', 'label'\]: give two parts, images"),
-    "three parts": ((X, Y, ["name"] * 8), r"a batch is a list of 3 parts \(Tensor, Tensor, list\): give two parts"),
-    "images alone": (X[:2], "a batch is a Tensor: give two parts"),
+    "dict without targets": (
+        {"image": X, "name": ["name"] * 8},
+        r"a batch is a dict with the keys \['image', 'name'\], without targets: give \(x, y\), or a dict with a key",
+    ),
+    "text": ("images", "the images of a batch are the text 'images': give a tensor"),
+    "images alone": (X[:2], r"a batch is torch.float32 of shape \(2, 1, 8, 8\), without targets: give \(x, y\)"),
     "strings": (
         (X, ["cat"] * 8),
         r"the classes of a batch are a list of 8 parts \(str, .*\): give numbers from 0 to 9",
@@ -57,7 +60,7 @@ def test_a_wrong_batch_is_refused_in_one_sentence(method, case, make_trainer):
 
 
 def test_a_wrong_batch_is_refused_in_automatic_optimization(make_trainer):
-    batch, message = WRONG["dict"]
+    batch, message = WRONG["dict without targets"]
     with pytest.raises(ValueError, match=message):
         make_trainer().fit(make(optimization="automatic"), loader(batch))
 
@@ -65,12 +68,12 @@ def test_a_wrong_batch_is_refused_in_automatic_optimization(make_trainer):
 def test_a_wrong_batch_that_comes_later_is_refused(make_trainer):
     good = (X, Y)
     for run in ("fit", "validate"):
-        for batch, message in (WRONG["negative"], WRONG["three parts"]):
+        for batch, message in (WRONG["negative"], WRONG["column"]):
             with pytest.raises(ValueError, match=message):
                 getattr(make_trainer(), run)(make(), DataLoader([good, batch], batch_size=None))
 
 
-@pytest.mark.parametrize("case", ["dict", "channels last", "uint8"])
+@pytest.mark.parametrize("case", ["text", "channels last", "uint8"])
 def test_what_cannot_be_predicted(case, make_trainer):
     batch, _ = WRONG[case]
     with pytest.raises(ValueError, match="the images of a batch"):
@@ -97,3 +100,14 @@ def test_mixed_images_are_trained_by_the_probabilities_of_their_classes(make_tra
 
 def test_classes_of_eight_bits_will_do(make_trainer):
     make_trainer(max_epochs=1).fit(make(), loader((X, Y.byte())), loader((X, Y.byte())))
+
+
+def test_batches_of_other_shapes_train_alike(make_trainer):
+    ends = []
+    for batch in ((X, Y), (X, Y, ["name"] * 8), {"image": X, "label": Y}, {"x": X, "y": Y, "name": ["name"] * 8}):
+        torch.manual_seed(0)
+        model = make()
+        make_trainer(max_epochs=1).fit(model, loader(batch), loader(batch))
+        ends.append(model.state_dict())
+    for end in ends[1:]:
+        assert all(torch.equal(value, end[key]) for key, value in ends[0].items())

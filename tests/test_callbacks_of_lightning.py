@@ -127,7 +127,7 @@ def test_the_finetuning_of_lightning_knows_the_backbone(make_trainer):
     before = {name: p.clone() for name, p in model.net.named_parameters()}
     fit(make_trainer, model, BackboneFinetuning(unfreeze_backbone_at_epoch=2), max_epochs=2)
     moved = {name for name, p in model.net.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if name.startswith("heads.") or "norm" in name}
+    assert moved == {name for name in before if name.startswith("objectives.") or "norm" in name}
 
 
 def test_nothing_is_thawed_on_several_processes():

@@ -97,11 +97,11 @@ def test_a_damaged_file_is_refused_wherever_it_is_read(good, tmp_path, make_trai
 
 def test_weights_in_the_old_format_of_torch_are_read(tmp_path):
     model = SFF(backbone=small_net(), num_classes=10, input_shape=(1, 8, 8))
-    stored = Backprop(backbone="cnn", num_classes=10, input_shape=(1, 8, 8)).net.model.state_dict()
+    stored = Backprop(backbone="cnn", num_classes=10, input_shape=(1, 8, 8)).net.state_dict()
     torch.save(stored, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     model = Backprop(backbone="cnn", num_classes=10, input_shape=(1, 8, 8), weights=str(tmp_path / "old.pth"))
     for key, value in stored.items():
-        assert torch.equal(model.net.model.state_dict()[key], value)
+        assert torch.equal(model.net.state_dict()[key], value)
 
 
 def try_as_nobody(path):

@@ -140,24 +140,24 @@ def test_a_head_from_the_command_line_is_told_the_size_of_its_map(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     run(*DIGITS, "--model.head", "PooledHead", "--model.head.width", "5")
     stored = torch.load(checkpoint("."), weights_only=True)["state_dict"]
-    shapes = [stored[f"net.heads.{k}.classes.weight"].shape for k in range(3)]
+    shapes = [stored[f"net.objectives.{k}.head.classes.weight"].shape for k in range(3)]
     assert shapes == [(10, 5 * 4 * 4), (10, 5 * 2 * 2), (10, 5 * 2 * 2)], "the last pooling goes with the classifier"
 
 
 @pytest.mark.parametrize("name", sorted(set(data.__all__) - {"DataModule", "ImageData"}))
 def test_another_data_set_keeps_nothing_of_the_default_one(name):
-    chosen, given = (
-        yaml.safe_load(run("fit", "--data", name, "--print_config"))["data"]["init_args"],
-        yaml.safe_load(run("fit", "--data", "Digits", "--print_config"))["data"]["init_args"],
-    )
+    cls = getattr(data, name)
     own = {
         parameter.name: parameter.default
-        for cls in (getattr(data, name), data.ImageData, data.DataModule)
-        for parameter in inspect.signature(cls).parameters.values()
+        for base in reversed(cls.__mro__)
+        if issubclass(base, data.DataModule)
+        for parameter in inspect.signature(base).parameters.values()
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     }
-    assert {key: own[key] for key in chosen} == chosen
-    assert given.keys() <= chosen.keys()
+    required = {key: "given" for key, default in own.items() if default is inspect.Parameter.empty}
+    arguments = [f"--data.{key}={value}" for key, value in required.items()]
+    chosen = yaml.safe_load(run("fit", "--data", name, *arguments, "--print_config"))["data"]["init_args"]
+    assert chosen == {**own, **required}
 
 
 def test_predict(tmp_path, monkeypatch):

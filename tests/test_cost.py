@@ -12,7 +12,7 @@ from ff_lightning import LocalNet
 from ff_lightning.heads import GoodnessHead, PooledHead
 from ff_lightning.heads.gram import class_goodness
 from ff_lightning.heads.pooled import region_means
-from ff_lightning.local.net import normalise
+from ff_lightning.local.chain import normalise
 from ff_lightning.util.memory import saved_for_backward
 from tests.conftest import Residual, small_net
 
@@ -125,7 +125,8 @@ def heads():
 def test_losses_and_gradients_equal_those_of_plain_modules(name, granularity):
     lean = LocalNet(small_net(), 10, granularity, head=heads()[name], input_shape=(1, 8, 8))
     plain = copy.deepcopy(lean)
-    plain.heads = nn.ModuleList(Plain(head) for head in plain.heads)
+    for objective in plain.objectives:
+        objective.head = Plain(objective.head)
     x, y = torch.randn(6, 1, 8, 8), torch.arange(6)
     for ours, theirs in zip(lean.local_losses(x, y), plain.local_losses(x, y), strict=True):
         torch.testing.assert_close(ours, theirs)

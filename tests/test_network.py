@@ -6,6 +6,7 @@ from torch import nn
 
 from ff_lightning import LocalNet
 from ff_lightning.heads import GoodnessHead
+from ff_lightning.local.updates import deliver
 from ff_lightning.util.memory import saved_for_backward
 from tests.conftest import Residual, small_net
 
@@ -110,7 +111,7 @@ def naive_reach(net, number):
     losses, joined, state = [], 0, X
     for k, (block, head) in enumerate(zip(net.blocks, net.heads, strict=True)):
         out = block(state)
-        losses.append(net.criterion(head(out), Y))
+        losses.append(net.objectives[k].criterion(head(out), Y))
         joined = joined + losses[-1]
         state = nn.functional.layer_norm(out, out.shape[1:])
         if (k + 1 + number) % net.reach == 0 or k == 2:
@@ -160,9 +161,10 @@ def test_blocks_may_share_a_head(reach, trained):
     for loss in one.local_losses(x, Y):
         if loss.requires_grad:
             loss.backward()
-    two.loss(x, Y).backward()
+    delivered = deliver(two.updates(x, Y), [two.block_parameters(k) for k in range(3)])
+    delivered.losses.sum().backward()
     assert_same(gradients(one), gradients(two), exact=False)
-    assert not {*two.heads.parameters()} & two.idle
+    assert not {*two.heads.parameters()} & delivered.idle
 
 
 def test_every_border_is_open_at_times():

@@ -423,7 +423,7 @@ def test_detect_anomaly(optimization, make_trainer, digits):
             return super().forward(features) * torch.where(features.sum() > 1e9, 1.0, torch.nan).sqrt()
 
     model = make(optimization)
-    model.net.heads[1] = Nan(4, 10)
+    model.net.objectives[1].head = Nan(4, 10)
     with pytest.raises(RuntimeError, match="returned nan values"):
         make_trainer(detect_anomaly=True).fit(model, digits)
 

@@ -30,7 +30,7 @@ def moved_blocks(model, before):
     """Numbers of the blocks with a weight or a running statistic that changed, in the block or in its head."""
     after = model.state_dict()
     keys = [key for key, value in before.items() if key.startswith("net.") and not torch.equal(value, after[key])]
-    return {int(key.split(".")[2]) for key in keys}
+    return {int(key.split(".")[2]) for key in keys if not key.endswith("_extra_state")}
 
 
 @MODES
@@ -104,7 +104,9 @@ def test_a_frozen_backbone_trains_the_heads(make_trainer, digits):
     before = state(model)
     make_trainer().fit(model, digits)
     changed = {key for key, value in before.items() if not torch.equal(value, model.state_dict()[key])}
-    assert {key.split(".")[1] for key in changed if "running" not in key and "tracked" not in key} == {"heads"}
+    assert {
+        key.split(".")[1] for key in changed if not key.endswith(("running_mean", "running_var", "tracked", "_state"))
+    } == {"objectives"}
 
 
 class WhoMoved(Callback):
@@ -177,7 +179,8 @@ def test_a_turn_is_training_of_that_block_alone(make_trainer, digits):
         trainer.fit_loop.epoch_progress.current.processed = trainer.fit_loop.epoch_progress.current.completed = k
         trainer.fit(by_hand, loader)
     for key, value in greedy.state_dict().items():
-        assert torch.equal(value, by_hand.state_dict()[key]), key
+        if not key.endswith("_extra_state"):  # which blocks are trained is not the same
+            assert torch.equal(value, by_hand.state_dict()[key]), key
 
 
 def test_only_trained_blocks_vote_while_blocks_take_turns():

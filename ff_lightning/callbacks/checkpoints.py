@@ -12,12 +12,28 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from ff_lightning.tasks import Task
 from ff_lightning.training.lightning_private import cluster_environment
 from ff_lightning.util.arguments import check_path, check_whole
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """A `ModelCheckpoint` that remembers, in a resumed run with a folder of its own, which one was best before."""
+    """A `ModelCheckpoint` of the best epoch, by the figure that the task of the model names unless another is given.
+
+    It remembers, in a resumed run with a folder of its own, which one was best before.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the figure to watch, and a name of the file that shows it, from the task of the model."""
+        task = getattr(pl_module, "task", None)
+        if self.monitor is None and isinstance(task, Task):
+            self.monitor, self.mode = task.monitor
+            self.kth_value = torch.tensor(-torch.inf if self.mode == "max" else torch.inf)
+        if self.filename is None and self.monitor is not None:
+            short = self.monitor.rpartition("/")[2]
+            self.filename = f"epoch{{epoch:03d}}-{short}{{{self.monitor}:.4f}}"
+            self.auto_insert_metric_name = False
+        super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best of the run that was interrupted; its file stays where it is."""

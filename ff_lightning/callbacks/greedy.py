@@ -32,18 +32,17 @@ class GreedyBlocks(Callback):
         """Compare the run with the number of blocks, and tell the schedules."""
         if stage != "fit":
             return
-        if not isinstance(pl_module.net, LocalNet):
-            raise ValueError(f"GreedyBlocks trains the blocks of SFF: {type(pl_module).__name__} has none")
-        blocks = len(pl_module.net.blocks)
+        learner = _learner(pl_module)
+        blocks = len(learner.unit_names)
         if trainer.max_epochs != blocks * self.epochs_per_block:
             raise ValueError(
                 f"GreedyBlocks(epochs_per_block={self.epochs_per_block}) trains {blocks} blocks in "
                 f"{blocks * self.epochs_per_block} epochs: give the Trainer max_epochs="
                 f"{blocks * self.epochs_per_block}, not {trainer.max_epochs}"
             )
-        if pl_module.automatic_optimization:
+        if learner.automatic_optimization:
             raise ValueError("GreedyBlocks has a schedule for each block: it needs a model with optimization='manual'")
-        cast(LocalLearner, pl_module).turns = blocks
+        learner.phases = blocks
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up the turn in which a run was interrupted."""
@@ -51,14 +50,29 @@ class GreedyBlocks(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the turn to the block whose time it is."""
-        net = cast(Any, pl_module.net)
+        net = _learner(pl_module).net
         k = trainer.current_epoch // self.epochs_per_block
         net.train_only([k])
         net.voters = frozenset(range(k + 1))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All blocks are trained from here on, and vote."""
-        net = cast(Any, pl_module.net)
-        net.train_only(None)
-        net.voters = None
-        cast(LocalLearner, pl_module).turns = 1
+        _learner(pl_module).net.voters = None
+        _end(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A further run of the model trains all blocks; those that have had their turn vote, as in the checkpoint."""
+        if isinstance(getattr(pl_module, "net", None), LocalNet):
+            _end(pl_module)
+
+
+def _learner(module: LightningModule) -> Any:
+    if not isinstance(module, LocalLearner) or not isinstance(getattr(module, "net", None), LocalNet):
+        raise ValueError(f"GreedyBlocks trains the blocks of SFF: {type(module).__name__} has none")
+    return module
+
+
+def _end(module: LightningModule) -> None:
+    learner = cast(Any, module)
+    learner.net.train_only(None)
+    learner.phases = 1

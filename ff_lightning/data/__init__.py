@@ -9,6 +9,8 @@ from ff_lightning.data.images.folder import ImageFolder
 from ff_lightning.data.images.photos import DTD, Flowers102, Imagenette, OxfordPets
 from ff_lightning.data.images.small import MNIST, STL10, SVHN, FashionMNIST
 from ff_lightning.data.images.tiny import TinyImageNet
+from ff_lightning.data.signals import Signals
+from ff_lightning.data.tabular import BreastCancer, Diabetes, Tabular
 
 __all__ = [
     "CIFAR10",
@@ -17,7 +19,9 @@ __all__ = [
     "MNIST",
     "STL10",
     "SVHN",
+    "BreastCancer",
     "DataModule",
+    "Diabetes",
     "Digits",
     "FakeImages",
     "FashionMNIST",
@@ -26,5 +30,7 @@ __all__ = [
     "ImageFolder",
     "Imagenette",
     "OxfordPets",
+    "Signals",
+    "Tabular",
     "TinyImageNet",
 ]

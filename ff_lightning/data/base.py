@@ -4,7 +4,7 @@
       |  splits.py                           classes, subset, validation: stratified, by the seed alone
       |  images/                             what a kind of data makes of the samples
       |  loaders.py                          whole batches, the same again in a run that was resumed
-    (inputs, targets)                        (B, ...), (B,) or (B, K)
+    (inputs, targets)                        float32 (B, ...) or a dict; int64 (B,), or float32 (B,) or (B, K)
 
 A data set says how its training and its test samples are read; validation is cut from the training samples, with a
 seed of its own, and the test samples are touched by ``test`` and ``predict`` alone.
@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADER
 from ff_lightning.data.loaders import BatchLoader, EpochSampler, Held, ResumableLoader, Split, as_it_is
 from ff_lightning.data.splits import (
     Numbers,
+    Targets,
     ValFrom,
     check_labels,
     class_numbers,
@@ -53,16 +54,21 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
         classes: Numbers or names of classes: only these, numbered from 0 in this order.
 
     Attributes:
-        class_names: Names of the classes in the order of their numbers.
-        num_classes: K.
+        task: ``"classification"``: targets are numbers of classes, int64 (B,). ``"multilabel"``: zeros and ones,
+            float32 (B, K). ``"regression"``: numbers, float32 (B,) or (B, K).
+        class_names: Names of the classes in the order of their numbers; of the labels or outputs in other tasks.
+        num_classes: K, the number of them.
         input_shape: Shape of a sample.
+        vocabulary: Number of different ids where samples are token ids, else None.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or chooses classes where the task has none.
     """
 
+    task: str = "classification"
     class_names: Sequence[str]
     input_shape: tuple[int, ...]
+    vocabulary: int | None = None
     num_workers = 0
     """Processes that read samples which are not held in memory."""
 
@@ -91,6 +97,9 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
             raise ValueError(f"classes={shown(classes)}: must be a list of numbers or names of classes, or None")
         if samples_per_class is not None and subset is not None:
             raise ValueError(f"samples_per_class={samples_per_class} and subset={subset}: give one of them")
+        for name, chosen in (("samples_per_class", samples_per_class), ("classes", classes)):
+            if chosen is not None and self.task != "classification":
+                raise ValueError(f"{name}={chosen}: {type(self).__name__} has no classes, its task is {self.task}")
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.seed = self._order_seed = seed
@@ -106,7 +115,7 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """Number of classes, labels or outputs."""
         return len(self.class_names)
 
     # ------------------------------------------------------------------------------------- what a data set fills in
@@ -125,17 +134,17 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
 
     # ----------------------------------------------------------------------------------------- what a kind fills in
 
-    def targets_of(self, samples: Any) -> Numbers:
-        """The classes of all samples, without reading the samples."""
+    def targets_of(self, samples: Any) -> Targets:
+        """The targets of all samples, without reading the samples."""
         return np.asarray(samples.targets)
 
-    def make_splits(self, name: str, samples: Any, targets: Numbers, *parts: Numbers) -> list[Split]:
+    def make_splits(self, name: str, samples: Any, targets: Targets, *parts: Numbers) -> list[Split]:
         """Parts of the samples, each with its targets, from one source of inputs.
 
         Args:
             name: ``"train"`` (with the validation samples, if they are cut from it), ``"val"`` or ``"test"``.
             samples: What was read.
-            targets: Those of all samples, (N,).
+            targets: Those of all samples, (N,) or (N, K).
             parts: Numbers of the samples of each part.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement make_splits")
@@ -149,40 +158,60 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
     def setup(self, stage: str) -> None:
         """Read what the stage needs."""
         if stage in ("fit", "validate"):
-            samples, val_samples = self.read_train(), self.read_val()
-            targets = self._targets("training", samples)
-            train, val = self._choose(targets, val_samples is not None)
+            val_samples = self.read_val()
+            samples, targets, train, val = self.training_samples(val_samples is not None)
             if val is None:
                 (self.train_set,) = self.make_splits("train", samples, targets, train)
-                targets = self._targets("validation", val_samples)
-                (self.val_set,) = self.make_splits("val", val_samples, targets, np.flatnonzero(targets >= 0))
+                (self.val_set,) = self._whole("val", "validation", val_samples)
             else:
                 self.train_set, self.val_set = self.make_splits("train", samples, targets, train, val)
             self._order_seed = int(os.environ.get("PL_GLOBAL_SEED", self.seed))
         else:
-            samples = self.read_test()
-            targets = self._targets("test", samples)
-            (self.test_set,) = self.make_splits("test", samples, targets, np.flatnonzero(targets >= 0))
+            (self.test_set,) = self._whole("test", "test", self.read_test())
 
-    def _targets(self, purpose: str, samples: Any) -> Numbers:
-        """Classes of all samples, as this module numbers them; -1: not one of its classes."""
+    def training_samples(self, has_val: bool) -> tuple[Any, Targets, Numbers, Numbers | None]:
+        """What is read for training, all targets in it, and the numbers of the samples to train and to validate on.
+
+        Args:
+            has_val: Whether there are other samples to validate on; the last numbers are then None.
+        """
+        samples = self.read_train()
+        targets = self._targets("training", samples)
+        return samples, targets, *self._choose(self._strata(targets), has_val)
+
+    def _whole(self, name: str, purpose: str, samples: Any) -> list[Split]:
+        """The split that is all of some samples, except those of other classes."""
+        targets = self._targets(purpose, samples)
+        return self.make_splits(name, samples, targets, np.flatnonzero(self._strata(targets) >= 0))
+
+    def _targets(self, purpose: str, samples: Any) -> Targets:
+        """Targets of all samples; classes as this module numbers them, -1: not one of its classes."""
         targets = self.targets_of(samples)
+        if self.task != "classification":
+            if not len(targets):
+                raise ValueError(f"there is no sample for {purpose}")
+            return targets
+        targets = targets.astype(np.int64)
         if self.class_numbers is not None:
             targets = renumber(targets, self.class_numbers)
         check_labels(targets, self.class_names, purpose)
         return targets
 
-    def _choose(self, targets: Numbers, has_val: bool) -> tuple[Numbers, Numbers | None]:
-        """Numbers of the samples to train on and to validate on; None: the validation set that the data set has."""
+    def _strata(self, targets: Targets) -> Numbers:
+        """What is divided into the same shares, (N,): the classes; all samples alike where there are none."""
+        return targets if self.task == "classification" else np.zeros(len(targets), np.int64)
+
+    def _choose(self, strata: Numbers, has_val: bool) -> tuple[Numbers, Numbers | None]:
+        """Numbers of the samples to train on and to validate on; None: there are others to validate on."""
 
         def subset(numbers: Numbers) -> Numbers:
-            return take_subset(numbers, targets, self.class_names, self.samples_per_class, self.subset, self.seed)
+            return take_subset(numbers, strata, self.class_names, self.samples_per_class, self.subset, self.seed)
 
         def validation(numbers: Numbers) -> tuple[Numbers, Numbers]:
             argument = f"val_fraction={self.val_fraction}"
-            return split_off(numbers, targets, self.val_fraction, self.seed, argument)
+            return split_off(numbers, strata, self.val_fraction, self.seed, argument)
 
-        everything = np.flatnonzero(targets >= 0)
+        everything = np.flatnonzero(strata >= 0)
         from_subset = self.val_from == "subset" and (self.samples_per_class or self.subset)
         if has_val and not from_subset:
             return subset(everything), None

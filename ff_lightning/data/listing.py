@@ -1,10 +1,15 @@
 """Which files of a folder are samples of which class; what file managers and notebooks leave behind is neither."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
+
+from ff_lightning.util.files import printable
+
+log = logging.getLogger(__name__)
 
 LEFT_BEHIND = {"@eadir", "thumbs.db", "desktop.ini", "__macosx", "#recycle", "$recycle.bin", "lost+found"}
 """Files and folders that nobody made on purpose, besides those whose name begins with a dot."""
@@ -48,6 +53,30 @@ def list_classes(folder: str | Path, endings: tuple[str, ...]) -> Listing:
         else:
             listing.files[entry.name] = _files_below(entry.path, above, endings, listing.passed_over)
     return listing
+
+
+def class_files(folder: str | Path, endings: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Paths of all samples of `list_classes`, and the name of the class of each; other files are counted in the log.
+
+    Raises:
+        FileNotFoundError: If there are no two folders of classes, or one without a sample.
+        OSError: If a folder leads back to one above it, or cannot be listed.
+    """
+    listing = list_classes(Path(folder).expanduser(), endings)
+    kinds = " or ".join(endings)
+    for loop in listing.loops:
+        raise OSError(f"cannot read the class folder {printable(loop)}: it leads back to a folder above it")
+    empty = [name for name, files in listing.files.items() if not files]
+    if len(listing.files) < 2 or empty:
+        found = f"{first_five(empty)} hold none" if empty else f"it holds the folders {list(listing.files)}"
+        raise FileNotFoundError(
+            f"{printable(folder)}: must hold a folder of {kinds} files for each of two or more classes: {found}"
+        )
+    if listing.passed_over:
+        log.warning("passed over %d files in %s that are not %s in the folder of a class",
+                    listing.passed_over.total(), printable(folder), kinds)  # fmt: skip
+    pairs = [(path, printable(name)) for name, files in listing.files.items() for path in files]
+    return [path for path, _ in pairs], [name for _, name in pairs]
 
 
 def _files_below(

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 ValFrom = Literal["subset", "rest"]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Targets = np.ndarray[Any, Any]  # classes int64 (N,), or float32 (N,) or (N, K)
 
 
 def class_numbers(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:

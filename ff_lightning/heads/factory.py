@@ -66,6 +66,8 @@ def _check_goodness(name: str, head: nn.Module, map_shape: Sequence[int], num_cl
     try:
         with evaluating(head):
             goodness = head(features)
+            if features._version:  # what the next block sees is not to change with it
+                head.register_forward_pre_hook(_on_a_copy)
     except Exception as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name} fails for features of shape {tuple(features.shape)}: {why}") from error
@@ -75,3 +77,7 @@ def _check_goodness(name: str, head: nn.Module, map_shape: Sequence[int], num_cl
             f"{name} makes {shape} of features {tuple(features.shape)}: it must make goodness of shape "
             f"{(2, num_classes)}, for each image and each class a floating-point number"
         )
+
+
+def _on_a_copy(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return inputs[0].clone(), *inputs[1:]

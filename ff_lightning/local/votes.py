@@ -3,13 +3,13 @@
 Shapes: L blocks, B batch, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 
-def mean_vote(goodness: Tensor) -> Tensor:
+def mean_vote(goodness: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
     """Mean over the blocks of their goodness: (L, B, K) -> (B, K).
 
     Source: Krutsylo, Scalable Forward-Forward, arXiv 2501.03176.
@@ -17,7 +17,7 @@ def mean_vote(goodness: Tensor) -> Tensor:
     return goodness.mean(0)
 
 
-def last_vote(goodness: Tensor) -> Tensor:
+def last_vote(goodness: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
     """Goodness of the last block alone: (L, B, K) -> (B, K).
 
     Source: Krutsylo, Scalable Forward-Forward, arXiv 2501.03176.
@@ -25,25 +25,30 @@ def last_vote(goodness: Tensor) -> Tensor:
     return goodness[-1]
 
 
-def log_softmax_vote(goodness: Tensor) -> Tensor:
+def log_softmax_vote(goodness: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
     """Mean over the blocks of their log-probabilities: a block counts by its certainty, (L, B, K) -> (B, K)."""
     return goodness.log_softmax(-1).mean(0)
 
 
-def depth_vote(goodness: Tensor) -> Tensor:
+def depth_vote(goodness: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
     """Mean over the blocks, each weighing as much as its number from the input, 1 to L: (L, B, K) -> (B, K).
 
     Deeper blocks are the better ones, but the others still see what they do not.
+
+    Args:
+        goodness: (L, B, K).
+        numbers: Of the L blocks, counted from the input, from 0. None: they are all there are.
 
     Example:
         >>> import torch
         >>> depth_vote(torch.tensor([[[3.0, 0.0]], [[0.0, 3.0]]]))
         tensor([[1., 2.]])
     """
-    weights = torch.arange(1.0, len(goodness) + 1, device=goodness.device, dtype=goodness.dtype)
+    numbers = range(len(goodness)) if numbers is None else numbers
+    weights = torch.tensor([number + 1.0 for number in numbers], device=goodness.device, dtype=goodness.dtype)
     return torch.tensordot(weights / weights.sum(), goodness, 1)
 
 
-Vote = Callable[[Tensor], Tensor]
+Vote = Callable[[Tensor, Sequence[int]], Tensor]
 
 VOTES: dict[str, Vote] = {"mean": mean_vote, "depth": depth_vote, "last": last_vote, "log_softmax": log_softmax_vote}

@@ -1,75 +1,81 @@
-"""The training loop: every block of the network takes its step on its own local loss.
+"""The training loop: every unit of a network takes its step on its own local loss.
 
     (x, y)
       |
-    block 0 ── goodness ── loss 0 ── backward ── step 0      block 0's graph is gone again here
+    block 0 ── scores ── loss 0 ── backward ── step 0        block 0's graph is gone again here
       | detached
-    block 1 ── goodness ── loss 1 ── backward ── step 1
+    block 1 ── scores ── loss 1 ── backward ── step 1
       | detached
-     ...                                                     vote of all goodnesses -> class
+     ...                                                     vote of all scores -> class
 
 On several processes the gradients of block k are averaged while block k+1 runs, and block k steps after that.
 
-Shapes: B batch, K classes, L blocks.
+Shapes: B batch, K scores, U units.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ff_lightning.backbones import Stem, build_backbone
-from ff_lightning.training import checks, recipe
-from ff_lightning.training.averaging import Averaging
-from ff_lightning.training.batches import images_and_classes
-from ff_lightning.training.factories import to_factory
+from ff_lightning.local.updates import Update, deliver
+from ff_lightning.partition import Block
+from ff_lightning.tasks import Task, Unlabelled
+from ff_lightning.training import checks
+from ff_lightning.training.factories import to_factory, to_task
+from ff_lightning.training.kept import kept
+from ff_lightning.training.optimizing import Optimizing
 from ff_lightning.training.plain import store_arguments, to_plain
 from ff_lightning.training.resumable import Resumable
-from ff_lightning.training.schedules import (
-    Schedule,
-    follow_first_group,
-    make_scheduler,
-    monitored,
-    step_epoch_scheduler,
-    total_steps,
-)
+from ff_lightning.training.schedules import Schedule
+from ff_lightning.training.stepping import Stepper
 from ff_lightning.training.trust import SafeLoading
 from ff_lightning.util.arguments import check_choice, check_keywords, check_network
 
 
-class LocalLearner(SafeLoading, Resumable):
-    """Base of all methods: a network of blocks, each with an optimizer of its own, in Lightning.
+class LocalLearner(SafeLoading, Optimizing, Resumable):
+    """Base of all methods: units of a network, each with an optimizer of its own, in Lightning.
 
-    A method makes its network in `__init__` and hands it to `set_network`; the rest is here. The network offers
-    `blocks` (each with a `name`), `block_parameters(k)`, `local_losses(x, y)`, `delivered_losses(x, y, scaler)`,
-    `goodness(x)`, `decide(goodness)`, `criterion` and `forward`, as `ff_lightning.LocalNet` does.
+    A method makes its network in `__init__`, hands the units to `set_units`, and gives `local_updates`. It may also
+    give `scores` (for answers), `vote`, `split` (for batches of its own kind) and `representation` (for probes). The
+    rest is here: the loop, optimizers, schedules, clipping, several processes, checkpoints, reports.
 
     Args:
-        num_classes: K. The command line takes it from the data.
+        num_classes: K, the number of scores: of classes, labels or numbers. The command line takes it from the data.
         input_shape: (C, H, W) of an image; None: (3, 32, 32). The command line takes it from the data.
+        task: ``"Classification"``, ``"MultiLabel"``, ``"Regression"``, ``"Unlabelled"``, or a class of
+            `ff_lightning.tasks`. None: classification; the command line takes it from the data.
+        metrics: Names of further figures of validation and test, such as ``f1``; see `ff_lightning.tasks`. None: those
+            of the task.
         optimizer: A class, a partial of it, or ``{class_path, init_args}``, called with parameter groups. None:
             AdamW, fused.
-        lr: Learning rate of every block; None: the one of `optimizer`, or 5e-3 for the default.
-        lr_decay: The learning rate of each block is that of the block above it times this factor: below 1 for
+        lr: Learning rate of every unit; None: the one of `optimizer`, or 5e-3 for the default.
+        lr_decay: The learning rate of each unit is that of the unit above it times this factor: below 1 for
             fine-tuning, where lower blocks should move less.
         lr_scheduler: ``"onecycle"``, ``"cosine"`` or ``"constant"``, for each optimizer step; or a class, a partial or
             ``{class_path, init_args}``, called with the optimizer.
         lr_interval: Whether a scheduler given as a class counts each optimizer ``"step"`` or each ``"epoch"``.
-        optimization: ``"manual"``: backward and step of each block at once, one optimizer per block.
+        optimization: ``"manual"``: backward and step of each unit at once, one optimizer per unit.
             ``"automatic"``: the same gradients and weights by Lightning's own loop, with one optimizer.
-        clip_norm: Largest norm of the gradients of a block; they are scaled down to it.
+        clip_norm: Largest norm of the gradients of a unit; they are scaled down to it.
         clip_value: Largest size of each single gradient; they are cut off there.
         accumulate: Number of batches whose gradients are averaged for one step (manual optimization only).
-        compile: Whether each block and its head go through ``torch.compile``.
+        compile: Whether the modules of each unit go through ``torch.compile``.
         memory_format: ``"channels_last"``: the order that convolutions like on GPUs with mixed precision; None: as the
             backbone has it.
+
+    Attributes:
+        unit_names: Names of the units.
+        phases: Number of parts of the run, in each of which some of the units go through their whole schedule.
 
     Raises:
         ValueError: If an argument is out of its range or not known.
@@ -78,7 +84,9 @@ class LocalLearner(SafeLoading, Resumable):
     def __init__(
         self,
         num_classes: int | None = None,
-        input_shape: tuple[int, int, int] | None = None,
+        input_shape: tuple[int, ...] | None = None,
+        task: str | Callable[[], Task] | None = None,
+        metrics: list[str] | None = None,
         optimizer: OptimizerCallable | None = None,
         lr: float | None = None,
         lr_decay: float = 1.0,
@@ -98,8 +106,10 @@ class LocalLearner(SafeLoading, Resumable):
         num_classes, input_shape, lr, lr_decay, clip_norm, clip_value, accumulate = to_plain(
             (num_classes, input_shape, lr, lr_decay, clip_norm, clip_value, accumulate)
         )
+        self.task = to_task(task)
         checks.check_arguments(
             num_classes,
+            self.task,
             input_shape,
             lr,
             lr_decay,
@@ -113,7 +123,9 @@ class LocalLearner(SafeLoading, Resumable):
             compile,
             memory_format,
         )
-        self.num_classes = cast(int, num_classes)
+        self.num_classes = self.task.num_classes = cast(int, num_classes or 1)
+        self.criterion = None if isinstance(self.task, Unlabelled) else self.task.criterion()
+        self.metrics = list(metrics if metrics is not None else self.task.metrics)
         self.input_shape = tuple(input_shape or (3, 32, 32))
         self.automatic_optimization = optimization == "automatic"
         default = partial(torch.optim.AdamW, fused=True)
@@ -125,10 +137,47 @@ class LocalLearner(SafeLoading, Resumable):
         self.clip_norm = clip_norm
         self.clip_value = clip_value
         self.accumulate = accumulate
-        self.turns = 1
+        self.phases = 1
         self._compile = compile
         self._memory_format = checks.MEMORY_FORMATS[memory_format]
-        self._idle: set[nn.Parameter] | None = None
+        self._units: list[list[nn.Module]] = []
+
+    # ------------------------------------------------------------------------------------------------------ of a method
+
+    def local_updates(self, batch: Any) -> Iterator[Update]:
+        """The updates of a batch, one after the other: all that a method must give.
+
+        When the next one is asked for, the units of the one before have taken their step (in manual optimization).
+
+        Args:
+            batch: What a loader gave; `inputs_and_target` takes it apart and checks it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no method yet: it needs local_updates(batch)")
+
+    def representation(self, *inputs: Any) -> Tensor:
+        """Features for probes, (B, D)."""
+        raise NotImplementedError(f"{type(self).__name__} gives no features: it needs representation(*inputs)")
+
+    def set_units(self, units: Mapping[str, Iterable[nn.Module]]) -> None:
+        """Take the units that the network is trained by, and make their running figures.
+
+        Args:
+            units: The modules of each unit, by its name, in order. Their parameters are trained by the updates that
+                name the number of the unit.
+        """
+        self._units = [list(modules) for modules in units.values()]
+        self.unit_names = list(units)
+        self.to(memory_format=self._memory_format)
+        if self._compile:
+            for module in (module for modules in self._units for module in modules):
+                # blocks share one forward, and a limit of recompilations with it
+                (module.body if isinstance(module, Block) else module).compile()
+        self.make_metrics()
+
+    @property
+    def parameters_of_units(self) -> list[list[nn.Parameter]]:
+        """The trainable parameters of each unit."""
+        return [[p for module in modules for p in module.parameters() if p.requires_grad] for modules in self._units]
 
     def build_backbone(self, backbone: str | nn.Module, stem: Stem, weights: str | None) -> nn.Module:
         """The network itself, or the one of this name for the shape of the images; see `ff_lightning.backbones`."""
@@ -144,76 +193,39 @@ class LocalLearner(SafeLoading, Resumable):
             warnings.warn(f"stem={stem!r} has no effect on a backbone that is given as a module", stacklevel=3)
         return backbone
 
-    def set_network(self, net: nn.Module) -> None:
-        """Take the network of local blocks, and make the running figures of its blocks."""
-        self.net = net.to(memory_format=self._memory_format)
-        if self._compile:
-            self.net.compile_blocks()
-        self.make_metrics()
-
     # -------------------------------------------------------------------------------------------------------- the loop
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
-        """One mini-batch through all blocks; block k+1 starts when block k has taken its step, unless it trains it."""
-        x, y = images_and_classes(batch, self.num_classes, self.input_shape, training=True, look=batch_idx == 0)
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """One mini-batch through all units; the next one starts when this one has taken its step."""
+        updates = self.local_updates(batch)
         if self.automatic_optimization:
-            losses = self.net.delivered_losses(x, y, self._scaler())
-            self._idle = self.net.idle if self._idle is None else self._idle & self.net.idle
-            self._report(losses.detach())
-            return losses.sum()
-        stepping = self._stepping if self._is_last_of_window(batch_idx) else ()
-        local, reached, to_step = [], [], []
-        for k, loss in enumerate(self.net.local_losses(x, y)):
-            local.append(loss.detach())
-            if k in stepping:
-                reached.append(k)
-            if not loss.requires_grad:  # its gradients come with the loss of a block further up, or there are none
-                continue
+            return self._deliver(updates)
+        steps = self.stepper if self._is_last_of_window(batch_idx) else None
+        for update in updates:
             with self._without_ddp_hooks():
-                self.manual_backward(loss / self.accumulate)
-            for j in reached:
-                to_step.append((j, self._start_averaging(j)))
-                if len(to_step) > self._blocks_in_flight:
-                    self._step_block(*to_step.pop(0))
-            reached = []
-        to_step += [(k, self._start_averaging(k)) for k in reached]
-        for block in to_step:
-            self._step_block(*block)
-        self._report(torch.stack(local))
+                self.manual_backward(update.loss / self.accumulate)
+            self.report(update)
+            if steps:
+                steps.take(update.units)
+        if steps:
+            steps.finish()
+        self.end_of_batch()
         return None
 
-    def _step_block(self, k: int, averaging: Averaging | None) -> None:
-        """Step and clear the optimizer of block k; only the last block's step counts as a step of the run."""
-        if averaging is not None:
-            averaging.wait()
-        optimizer = _as_list(self.optimizers())[self._optimizer_of_block[k]]
-        scaler = self._scaler()
-        if k == max(self._stepping):
-            optimizer.step()  # counted in trainer.global_step; in float16 it renews the scale, once for all blocks
-        elif scaler is None:
-            self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=lambda: None)
-        else:
-            if not _unscales_by_itself(optimizer.optimizer):
-                scaler.unscale_(optimizer.optimizer)
-            self.trainer.precision_plugin._after_closure(self, optimizer.optimizer)
-            scaler.step(optimizer.optimizer)
-        optimizer.zero_grad()
-        schedulers = _as_list(self.lr_schedulers())
-        if schedulers and self._schedulers_count_steps:
-            schedulers[self._optimizer_of_block[k]].step()
-
-    @property
-    def _stepping(self) -> set[int]:
-        """The blocks that are trained now and have something to train."""
-        return self.net.trained & self._optimizer_of_block.keys()
-
-    @property
-    def _blocks_in_flight(self) -> int:
-        """How many blocks may wait for their gradients while the next one runs."""
-        return 1 if self.trainer.world_size > 1 else 0
-
-    def _start_averaging(self, k: int) -> Averaging | None:
-        return Averaging(self.net.block_parameters(k)) if self.trainer.world_size > 1 else None
+    def _deliver(self, updates: Iterable[Update]) -> Tensor:
+        """One loss for Lightning's loop; a network that is a single unit keeps its graph for it."""
+        if len(self._units) == 1:
+            losses = []
+            for update in updates:
+                self.report(update)
+                losses.append(update.loss)
+            self.end_of_batch()
+            return sum(losses[1:], losses[0])
+        delivered = deliver(updates, self.parameters_of_units, self.scaler)
+        self._idle = delivered.idle if self._idle is None else self._idle & delivered.idle
+        self.report(Update(delivered.units, delivered.losses, tuple(delivered.losses.detach())))
+        self.end_of_batch()
+        return delivered.losses.sum()
 
     def _without_ddp_hooks(self) -> AbstractContextManager[None]:
         """DistributedDataParallel expects one backward per step: it stays out of ours, and we average by ourselves."""
@@ -223,125 +235,27 @@ class LocalLearner(SafeLoading, Resumable):
     def _is_last_of_window(self, batch_idx: int) -> bool:
         return (batch_idx + 1) % self.accumulate == 0 or self.trainer.is_last_batch
 
-    def on_validation_model_zero_grad(self) -> None:
-        """Clear the gradients before a validation, unless an accumulation still needs them."""
-        if not self._is_in_window:
-            super().on_validation_model_zero_grad()
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the gradients of each block by themselves, at their true scale."""
-        scaler = self._scaler()
-        if scaler is not None and _unscales_by_itself(optimizer):  # for all others float16 has unscaled them by now
-            scaler.unscale_(optimizer)
-        for parameter in self._idle or ():  # in all batches of this step; DDP has made zeros of them
-            parameter.grad = None
-        self._idle = None
-        for group in optimizer.param_groups:
-            if self.clip_norm is not None:
-                nn.utils.clip_grad_norm_(group["params"], self.clip_norm)
-            if self.clip_value is not None:
-                nn.utils.clip_grad_value_(group["params"], self.clip_value)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """`Trainer(gradient_clip_val=...)` in automatic optimization: each block is clipped by itself."""
-        if gradient_clip_val:
-            clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
-            for group in optimizer.param_groups:
-                clip(group["params"], gradient_clip_val)
-
-    def on_train_epoch_start(self) -> None:
-        """Have what a callback has unfrozen follow the schedule.
-
-        Raises:
-            MisconfigurationException: If something was unfrozen on several processes, which would drift apart.
-        """
-        for optimizer in self.trainer.optimizers:
-            checks.check_unfrozen(optimizer, self.trainer.world_size)
-        for config in self.trainer.lr_scheduler_configs:
-            follow_first_group(config.scheduler.optimizer, config.scheduler)
-
-    def on_train_epoch_end(self) -> None:
-        """Report what is left of the epoch, and step the schedulers that count epochs."""
-        if self.train_losses.update_called:
-            self._log_losses()
-        schedulers = _as_list(self.lr_schedulers())
-        if schedulers and not self.automatic_optimization and not self._schedulers_count_steps:
-            for k in self._stepping:
-                step_epoch_scheduler(schedulers[self._optimizer_of_block[k]], self.trainer.callback_metrics)
-
-    # ------------------------------------------------------------------------------------------------------ optimizers
-
-    def configure_optimizers(self) -> Any:
-        """One optimizer per block (manual), or one with a named parameter group per block (automatic).
-
-        Raises:
-            ValueError: If no parameter is trainable, or if a schedule needs a run of known length.
-        """
-        groups: list[dict[str, Any]] = []
-        self._optimizer_of_block: dict[int, int] = {}
-        for k in range(len(self.net.blocks)):
-            parameters = self.net.block_parameters(k)
-            if parameters:
-                self._optimizer_of_block[k] = len(groups)
-                groups.append({"params": parameters, "name": f"block{k:02d}", **self._rate_of(k)})
-        if not groups:
-            raise ValueError("every parameter is frozen (requires_grad=False): there is nothing to train")
-        per_optimizer = [groups] if self.automatic_optimization else [[group] for group in groups]
-        optimizers = [recipe.make("optimizer", self.make_optimizer, of_one) for of_one in per_optimizer]
-        recipe.check_trains_blocks(type(optimizers[0]), "automatic" if self.automatic_optimization else "manual")
-        schedulers = [scheduler for o in optimizers if (scheduler := make_scheduler(self, o)) is not None]
-        self._schedulers_count_steps = isinstance(self.schedule, str) or self.lr_interval == "step"
-        self._configured_lr = self.lr
-        self._steps_of_run = total_steps(self) if self.schedule in ("onecycle", "cosine") else 0
-        if not self.automatic_optimization:
-            return optimizers, schedulers
-        interval = "step" if self._schedulers_count_steps else "epoch"
-        return optimizers, [
-            {"scheduler": scheduler, "interval": interval, "monitor": monitored(scheduler)} for scheduler in schedulers
-        ]
-
-    def _rate_of(self, k: int) -> dict[str, float]:
-        return {} if self.lr is None else {"lr": self.lr * self.lr_decay ** (len(self.net.blocks) - 1 - k)}
-
-    def _scaler(self) -> torch.amp.GradScaler | None:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
     # ---------------------------------------------------------------------------------------------------------- checks
 
+    @kept
     def on_train_start(self) -> None:
         """Take up an interrupted run; a schedule that its checkpoint brought must be long enough for this run."""
-        if self.lr != self._configured_lr:
-            self._take_found_rate()
-        if self.trainer.ckpt_path is not None:
-            checks.check_schedules(_as_list(self.lr_schedulers()), self.schedule, self._steps_of_run)
+        self.start_schedules()
         self.take_up()
+        if not self.automatic_optimization:
+            self.stepper = Stepper(self, cast(Any, dist.new_group()) if self.trainer.world_size > 1 else None)
 
-    def _take_found_rate(self) -> None:
-        """Go on with the learning rate that `LearningRateFinder` has found, and with a schedule for it."""
-        self._configured_lr = self.lr
-        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-        for k, index in self._optimizer_of_block.items():
-            groups[index].update(self._rate_of(k))
-            groups[index].pop("initial_lr", None)
-        for config in self.trainer.lr_scheduler_configs:
-            config.scheduler = cast(Any, make_scheduler(self, config.scheduler.optimizer))
+    def unit_of(self, tensor: Tensor) -> int | None:
+        """The number of the unit that a parameter or buffer belongs to."""
+        storage = tensor.untyped_storage().data_ptr()
+        for k, modules in enumerate(self._units):
+            own = (state for module in modules for state in (*module.parameters(), *module.buffers()))
+            if any(state.untyped_storage().data_ptr() == storage for state in own):
+                return k
+        return None
 
     def configure_callbacks(self) -> list[Any]:
         """Answer the Trainer flags that manual optimization cannot serve, before Lightning refuses them."""
         if not self.automatic_optimization:
             checks.check_trainer_flags(self.trainer)
         return []
-
-
-def _unscales_by_itself(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is fused with the scaling of float16: its gradients are else unscaled in its step alone."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]

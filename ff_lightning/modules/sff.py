@@ -1,17 +1,20 @@
 """Scalable Forward-Forward."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ff_lightning.backbones import Stem
 from ff_lightning.heads import HeadFactory
-from ff_lightning.local.net import LocalNet, Norm
-from ff_lightning.losses import LogSumExpLoss
+from ff_lightning.local.chain import Norm
+from ff_lightning.local.net import LocalNet
+from ff_lightning.local.updates import Update
 from ff_lightning.modules.base import LocalLearner
 from ff_lightning.partition import Granularity
 from ff_lightning.training.factories import to_factory
+from ff_lightning.training.kept import kept
 from ff_lightning.training.plain import to_plain
 
 
@@ -33,12 +36,14 @@ class SFF(LocalLearner):
         head: ``"pooled"``, ``"deep"``, ``"paper"``, or a class such as `PooledHead` called with (channels, classes).
         norm: Normalisation between the blocks: ``"layer"``, ``"channel"``, ``"length"`` or ``"none"``.
         vote: How the blocks decide: ``"mean"``, ``"depth"``, ``"last"`` or ``"log_softmax"``.
+        loss: The local loss: ``"similarity"``, ``"predsim"``, ``"supcon"``, or a class or function that makes one for a
+            block; see `ff_lightning.LocalNet`. None: the loss of the task, log-sum-exp for classes.
         label_smoothing: Share of the target that is spread evenly over all classes.
         reach: How many blocks a loss trains at most: its own and those below it. Above 1, the borders move from step
             to step, and memory grows with it; see `ff_lightning.LocalNet`.
         train_blocks: Numbers or names of the only blocks to train; the others keep weights and running statistics, and
             do not vote unless a checkpoint brings trained heads for them.
-        kwargs: How it is trained: optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
+        kwargs: How it is trained: task, optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
 
     Example:
         >>> model = SFF(backbone="resnet18", num_classes=10, stem="small", granularity="layer")
@@ -50,13 +55,14 @@ class SFF(LocalLearner):
         self,
         backbone: str | nn.Module = "cnn",
         num_classes: int | None = None,
-        input_shape: tuple[int, int, int] | None = None,
+        input_shape: tuple[int, ...] | None = None,
         stem: Stem = "standard",
         weights: str | None = None,
         granularity: Granularity = "block",
         head: Literal["pooled", "deep", "paper"] | HeadFactory = "pooled",
         norm: Norm = "layer",
         vote: Literal["mean", "depth", "last", "log_softmax"] = "mean",
+        loss: str | Callable[[], nn.Module] | None = None,
         label_smoothing: float = 0.0,
         reach: int = 1,
         train_blocks: list[int | str] | None = None,
@@ -64,47 +70,64 @@ class SFF(LocalLearner):
     ) -> None:
         super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
         granularity, reach, train_blocks = to_plain((granularity, reach, train_blocks))
-        self.set_network(
-            LocalNet(
-                self.build_backbone(backbone, stem, weights),
-                self.num_classes,
-                granularity,
-                to_factory("head", head, nn.Module) if callable(head) or isinstance(head, Mapping) else head,
-                norm,
-                vote,
-                self.input_shape,
-                LogSumExpLoss(label_smoothing),
-                reach,
-            )
+        self.criterion = self.task.criterion(label_smoothing)
+        if loss is not None and label_smoothing:
+            raise ValueError(f"label_smoothing={label_smoothing} and loss={loss!r}: give the loss its own smoothing")
+        self.net = LocalNet(
+            self.build_backbone(backbone, stem, weights),
+            self.num_classes,
+            granularity,
+            to_factory("head", head, nn.Module) if callable(head) or isinstance(head, Mapping) else head,
+            norm,
+            vote,
+            self.input_shape,
+            self._loss(loss),
+            reach,
         )
+        self.set_units(self.net.units())
+        self.train_blocks = train_blocks
         if train_blocks is not None:
             self.net.train_only(train_blocks)
             self.net.voters = self.net.trained
+
+    def _loss(self, loss: Any) -> Any:
+        if loss is None:
+            return self.criterion
+        return loss if isinstance(loss, str) else to_factory("loss", loss, nn.Module)
+
+    def local_updates(self, batch: Any) -> Iterator[Update]:
+        """The updates of the blocks, from the input on."""
+        inputs, target = self.inputs_and_target(batch)
+        scores: list[Tensor] = []
+        yield from self.net.updates(inputs[0], target, lambda k, of_block: scores.append(of_block))
+        if len(scores) == len(self.net.blocks):
+            self.report_scores(torch.stack(scores), target)
+
+    def scores(self, *inputs: Any) -> Tensor:
+        """Goodness of each class at each block, (L, B, K)."""
+        return self.net.goodness(*inputs)
+
+    def vote(self, scores: Tensor) -> Tensor:
+        """The vote of the blocks, (L, B, K) -> (B, K)."""
+        return self.net.decide(scores)
+
+    def representation(self, *inputs: Any) -> Tensor:
+        """The normalised features of all blocks, averaged over the positions: (B, sum of channels)."""
+        return torch.cat([features.flatten(2).mean(2) for features in self.net.local_features(*inputs)], 1)
 
     @property
     def backbone(self) -> nn.Module:
         """The blocks without their heads: what `BackboneFinetuning` of Lightning freezes and thaws."""
         return self.net.blocks
 
+    @kept
     def on_train_start(self) -> None:
         """Let the blocks that are trained in this run vote, beside those whose heads a checkpoint brought."""
         super().on_train_start()
+        if self.train_blocks is not None:
+            self.net.train_only(self.train_blocks)
         if self.net.voters is not None:
             self.net.voters |= self.net.trained
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add which blocks vote so far, where they are trained one after the other, and where the borders lie."""
-        super().on_save_checkpoint(checkpoint)
-        voters = None if self.net.voters is None else sorted(self.net.voters)
-        checkpoint["ff_lightning"] |= {"voters": voters, "passes": self.net.passes}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let those blocks vote that had been trained when the checkpoint was written, and go on with its borders."""
-        super().on_load_checkpoint(checkpoint)
-        saved = checkpoint.get("ff_lightning", {})
-        voters = saved.get("voters")
-        self.net.voters = None if voters is None else frozenset(voters)
-        self.net.passes = saved.get("passes", 0)
 
     def append_blocks(self, name: str, model: nn.Module, granularity: Granularity = "block") -> list[int]:
         """Put further blocks on top of the network, and train only them.
@@ -118,6 +141,7 @@ class SFF(LocalLearner):
             The numbers of the new blocks.
         """
         added: list[int] = self.net.append(name, model, granularity)
-        self.set_network(self.net)
+        self.set_units(self.net.units())
         self.net.train_only(added)
+        self.train_blocks = cast(Any, added)
         return added

@@ -11,18 +11,24 @@ from ff_lightning.partition.block import Block, State, build_blocks, take_modes
 from ff_lightning.partition.check import check
 from ff_lightning.partition.cuts import balanced_cuts, block_cuts, layer_cuts, named_cuts, stage_cuts, trainable
 from ff_lightning.partition.features import Features, trace_features
+from ff_lightning.partition.hooked import Hooked
 from ff_lightning.partition.inputs import Example, Inputs
+from ff_lightning.partition.probe import hides_layers
 from ff_lightning.partition.shapes import materialise
-from ff_lightning.partition.trace import unwrapped
+from ff_lightning.partition.trace import CannotTraceError, unwrapped
 from ff_lightning.partition.untouched import Snapshot, untouched
 from ff_lightning.partition.whole import CannotDivideError
 from ff_lightning.util.arguments import check_granularity, check_network
 
-__all__ = ["Block", "Example", "Granularity", "Inputs", "State", "partition"]
+__all__ = ["Block", "Example", "Granularity", "Hooked", "Inputs", "State", "cut", "partition"]
 
 Granularity = Literal["layer", "block", "stage"] | int | Sequence[str]
 
 _RULES = {"layer": layer_cuts, "block": block_cuts, "stage": stage_cuts}
+
+
+class _NoBorderError(CannotTraceError):
+    """No border fits between the layers of a traced network: weights of the first and the last one are tied, say."""
 
 
 def partition(model: nn.Module, granularity: Granularity = "block", example: Example | None = None) -> list[Block]:
@@ -64,12 +70,47 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Exa
         >>> [block.name for block in partition(model, "layer", torch.zeros(1, 3, 8, 8))]
         ['0', '2']
     """
+    return _traced_blocks(model, granularity, example)
+
+
+def cut(model: nn.Module, granularity: Granularity, example: Example) -> tuple[list[Block], Hooked | None]:
+    """As `partition`, and where tracing does not see the layers of a network, at the outputs of its modules.
+
+    Returns:
+        The blocks, and the network that they run in where they do not run by themselves.
+
+    Raises:
+        ValueError: As `partition` and `Hooked`.
+    """
+    try:
+        return _traced_blocks(model, granularity, example, see_layers=True), None
+    except CannotTraceError as error:
+        problem = error
+    model = unwrapped(model)
+    inputs = Inputs.of(model, example)
+    values = inputs.values(example)
+    try:
+        hooked = Hooked(model, granularity, lambda: inputs.call(model, values))
+    except ValueError as error:
+        if isinstance(problem, _NoBorderError):
+            return _traced_blocks(model, granularity, example), None
+        raise ValueError(f"{error} ({problem})") from problem
+    return [*hooked.blocks], hooked
+
+
+def _traced_blocks(
+    model: nn.Module, granularity: Granularity, example: Example | None, see_layers: bool = False
+) -> list[Block]:
     check_network("model", model)
     check_granularity(granularity)
     model = unwrapped(model)
     materialise(model, example)
     with torch.inference_mode(False), untouched(model) as snapshot:
         features = trace_features(model, example, snapshot)
+        if see_layers and (hiding := hides_layers(model, features.closed)) is not None:
+            raise CannotTraceError(f"{hiding!r}, which holds them, cannot be traced")
+        if see_layers and hides_layers(model, [""]) is not None and not trainable(features, block_cuts(features)):
+            raise _NoBorderError
         try:
             blocks = _checked_blocks(features, granularity, snapshot)
         except CannotDivideError as error:

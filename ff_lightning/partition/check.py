@@ -177,14 +177,14 @@ def _check_gradients(features: Features, blocks: Sequence[Block], inputs: Sequen
         warnings.warn(
             f"{_name(model)} gives {_listed(list(idle))} no gradient (unused, torch.no_grad, detach), and neither do "
             "its blocks",
-            stacklevel=5,
+            stacklevel=6,
         )
     known = {parameter for block in blocks for parameter in block.parameters()}
     known |= {state for op in features.left_out for state in op.state if isinstance(state, nn.Parameter)}
     unused = [name for name, p in model.named_parameters() if p.requires_grad and p not in known]
     if unused:
         warnings.warn(
-            f"{_listed(unused)} of {_name(model)} take no part in its features and are not trained", stacklevel=5
+            f"{_listed(unused)} of {_name(model)} take no part in its features and are not trained", stacklevel=6
         )
 
 
@@ -196,14 +196,14 @@ def _warn_of_unserved(
     if hooked:
         warnings.warn(
             f"borders run through {_listed(hooked)}: the blocks do not run the forward hooks of that module",
-            stacklevel=5,
+            stacklevel=6,
         )
     attributes = [f"{name}.{key}".removeprefix(".") for name in divided for key in changed.get(name, ())]
     if attributes or unmoved:
         warnings.warn(
             f"borders run through modules of {_name(features.model)} whose forward sets "
             f"{_listed([*attributes, *unmoved])}: the blocks do not",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

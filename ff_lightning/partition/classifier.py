@@ -7,7 +7,7 @@ from torch import fx
 from ff_lightning.partition.flow import Flow
 from ff_lightning.partition.ops import Op, is_activation, is_adaptive_pool, is_sigmoid
 
-_NAMES = ("classifier", "fc", "head", "heads")
+NAMES = ("classifier", "fc", "head", "heads")
 
 
 def end_of_features(flow: Flow) -> tuple[int, fx.Node]:
@@ -48,7 +48,7 @@ def _start_of_classifier(flow: Flow, layers: Sequence[int]) -> int:
     if not last or len(layers) == len(last) or len(_shape_of_result(flow)) != 2 or _depend(flow, last):
         return none
     dense = all(w.ndim == 2 for i in last for w in ops[i].weights)
-    named = all(ops[i].path[:1] and ops[i].path[0] in _NAMES for i in last)
+    named = all(ops[i].path[:1] and ops[i].path[0] in NAMES for i in last)
     activations = [op for op in behind if is_activation(flow.model, op)]
     hidden = dense and any(not (named and is_sigmoid(flow.model, op)) for op in activations)
     if hidden or not (dense or named):

@@ -10,7 +10,7 @@ lead to, so that a loss on it trains them all: parallel branches that have none 
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 
 from torch import fx, nn
@@ -86,23 +86,44 @@ def balanced_cuts(features: Features, cuts: Sequence[int], costs: Sequence[int],
     Raises:
         ValueError: If no choice leaves so many units that are trained as a whole.
     """
-    sums, borders = [0, *accumulate(costs)], [0, *cuts, len(features.ops)]
+    borders = [0, *cuts, len(features.ops)]
     narrow = [features.is_feature_map(border) for border in borders]
+
+    def allowed(start: int, end: int) -> bool:
+        return narrow[end] or start == end - 1 or features.main(borders[start], borders[end]) is not None
+
+    ends = balanced_ends(costs, count, allowed)
+    if ends is None:
+        raise ValueError(f"granularity={count}: no {count} units of {type(features.model).__name__} learn as a whole")
+    return [cuts[end - 1] for end in ends[:-1]]
+
+
+def balanced_ends(
+    costs: Sequence[int], count: int, allowed: Callable[[int, int], bool] = lambda start, end: True
+) -> list[int] | None:
+    """The ends of `count` runs of costs, the costliest of which costs as little as can be.
+
+    Args:
+        costs: One or more, in order.
+        count: Number of runs wanted.
+        allowed: Whether the costs from one number up to another one can be a run.
+
+    Returns:
+        For each run the number behind its last cost; None if there is no choice.
+    """
+    sums = [0, *accumulate(costs)]
     best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0, [])}  # (units, costs taken) -> (worst, ends)
     for units in range(1, count + 1):
         for end in range(units, len(costs) - count + units + 1):
             ways = [
                 (max(worst, sums[end] - sums[start]), [*ends, end])
                 for start in range(units - 1, end)
-                if (previous := best.get((units - 1, start))) is not None
-                and (narrow[end] or start == end - 1 or features.main(borders[start], borders[end]) is not None)
+                if (previous := best.get((units - 1, start))) is not None and allowed(start, end)
                 for worst, ends in [previous]
             ]
             if ways:
                 best[units, end] = min(ways)
-    if (count, len(costs)) not in best:
-        raise ValueError(f"granularity={count}: no {count} units of {type(features.model).__name__} learn as a whole")
-    return [cuts[end - 1] for end in best[count, len(costs)][1][:-1]]
+    return best[count, len(costs)][1] if (count, len(costs)) in best else None
 
 
 def named_cuts(features: Features, names: Sequence[str]) -> list[int]:

@@ -30,6 +30,7 @@ class Features(Flow):
         two_faced: The calls whose own operations are others in training than in evaluation.
         called: What the network is called with.
         of_input: All values that depend on the inputs, also those that the features do not need.
+        closed: The modules that cannot be traced.
         facts: What the code only reads off weights and buffers: their device, dtype or size.
     """
 
@@ -38,6 +39,7 @@ class Features(Flow):
     calls: dict[str, Call]
     two_faced: frozenset[str]
     of_input: frozenset[fx.Node]
+    closed: frozenset[str]
     facts: dict[fx.Node, Any]
 
 
@@ -90,7 +92,20 @@ def trace_features(model: nn.Module, example: Example | None, snapshot: Snapshot
     two_faced = two_faced_calls(training.graph, graph, wanted, reader)
     left_out, calls, of_input = flow.ops[end:], evaluation.calls, frozenset(reader.of_input)
     facts = {node: fact for node, fact in reader.values.facts.items() if node not in of_input}
-    return Features(model, ops, inputs, feature_map, examples, called, left_out, calls, two_faced, of_input, facts)
+    return Features(
+        model,
+        ops,
+        inputs,
+        feature_map,
+        examples,
+        called,
+        left_out,
+        calls,
+        two_faced,
+        of_input,
+        evaluation.closed,
+        facts,
+    )
 
 
 def _traces(model: nn.Module, called: Inputs, snapshot: Snapshot) -> tuple[Trace, Trace]:

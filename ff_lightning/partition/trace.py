@@ -244,6 +244,10 @@ def _identities(value: Any) -> Any:
     return id(value.node if isinstance(value, fx.Proxy) else value)
 
 
+class CannotTraceError(ValueError):
+    """The forward of a network itself cannot be traced."""
+
+
 def trace(model: nn.Module, inputs: Inputs, closed: Collection[str], buffers_as_values: bool) -> Trace:
     """Trace `model`; a module that cannot be traced stays one operation.
 
@@ -254,7 +258,7 @@ def trace(model: nn.Module, inputs: Inputs, closed: Collection[str], buffers_as_
         buffers_as_values: Whether to try that; a forward that assigns to a buffer of its own does not allow it.
 
     Raises:
-        ValueError: If the forward of the model itself cannot be traced.
+        CannotTraceError: If the forward of the model itself cannot be traced.
     """
     problem: Exception | None = None
     for as_values in dict.fromkeys((buffers_as_values, False)):
@@ -266,7 +270,7 @@ def trace(model: nn.Module, inputs: Inputs, closed: Collection[str], buffers_as_
         except Exception as error:
             problem = problem or error
     assert problem is not None
-    raise ValueError(
+    raise CannotTraceError(
         f"{type(model).__name__}.forward cannot be traced ({first_line(problem)}), so that it can be cut at no "
         "granularity: give the network as an nn.Sequential of its blocks, or move the operation into a submodule of "
         "its own, which then stays in one block"

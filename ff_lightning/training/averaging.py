@@ -16,14 +16,15 @@ class Averaging:
 
     Args:
         parameters: The parameters of the block, the same on all processes.
+        group: The processes. One of its own does not wait behind what others send, such as synchronised batch norms.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
         self.parameters = parameters
         parts = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
         present = parts[0].new_tensor([p.grad is not None for p in parameters])
         self.flat = torch.cat([*parts, present])
-        self.work = dist.all_reduce(self.flat, async_op=True)
+        self.work = dist.all_reduce(self.flat, group=group, async_op=True)
 
     def wait(self) -> None:
         """Wait until the averages have arrived, and put them in place."""

@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
+from ff_lightning.tasks import Task, Unlabelled
 from ff_lightning.training.lightning_private import ddp_settings
 from ff_lightning.training.recipe import check_optimizer, check_scheduler
 from ff_lightning.training.schedules import Schedule
@@ -31,6 +32,7 @@ MEMORY_FORMATS: dict[str | None, torch.memory_format] = {
 
 def check_arguments(
     num_classes: int | None,
+    task: Task,
     input_shape: Sequence[int] | None,
     lr: float | None,
     lr_decay: float,
@@ -45,9 +47,9 @@ def check_arguments(
     memory_format: str | None,
 ) -> None:
     """Raise ValueError if an argument of `LocalLearner` is out of its range."""
-    if num_classes is None:
+    if num_classes is None and not isinstance(task, Unlabelled):
         raise ValueError("num_classes is missing: give the number of classes of the data")
-    check_whole("num_classes", num_classes, least=2)
+    check_whole("num_classes", num_classes, least=task.least_scores, optional=isinstance(task, Unlabelled))
     if input_shape is not None:
         check_shape("input_shape", input_shape)
     check_number("lr", lr, above=0, optional=True)
@@ -193,7 +195,8 @@ def check_schedules(schedulers: Iterable[Any], name: Any, wanted: int) -> None:
 
 def check_architecture(own: Mapping[str, Tensor], hparams: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
     """Raise ValueError if a checkpoint holds other tensors than the network, and say which arguments differ."""
-    theirs = checkpoint["state_dict"]
+    theirs = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    own = {key: value for key, value in own.items() if isinstance(value, Tensor)}
     wrong = [key for key in own if key not in theirs or own[key].shape != theirs[key].shape]
     wrong += [key for key in theirs if key not in own]
     if wrong:

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ff_lightning.tasks import TASKS, Task, task_of_name
 from ff_lightning.training.plain import NotPlainError, to_plain
 from ff_lightning.training.trust import named_class
 
@@ -36,6 +37,24 @@ def to_factory(argument: str, value: Any, kind: type) -> Callable[..., Any]:
     raise ValueError(
         f"{argument}={value!r}: give a class such as torch.optim.SGD, a partial of it, or {{class_path, init_args}}"
     )
+
+
+def to_task(task: Any) -> Task:
+    """The task that a name, a class, a function or ``{class_path, init_args}`` stands for.
+
+    Raises:
+        ValueError: If it stands for none.
+    """
+    if isinstance(task, Task):
+        raise ValueError(
+            f"task={type(task).__name__}(...) is already made, and cannot be stored in a checkpoint: give its name, "
+            "its class, a functools.partial of it, or {class_path, init_args}"
+        )
+    task = "Classification" if task is None else task
+    made = task_of_name(task) if isinstance(task, str) else to_factory("task", task, Task)()
+    if not isinstance(made, Task):
+        raise ValueError(f"task={task!r} makes {made!r}: it must make a task, such as one of {sorted(TASKS)}")
+    return made
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,3 +43,10 @@ def ddp_settings(strategy: Strategy) -> dict[str, Any]:
     if not isinstance(strategy, DDPStrategy):
         return {}
     return {**strategy._ddp_kwargs, "ddp_comm_hook": strategy._ddp_comm_hook}
+
+
+def count_step(trainer: Trainer) -> None:
+    """Count one step of a run with manual optimization, where Lightning counts the steps of each optimizer."""
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    progress.increment_ready()
+    progress.increment_completed()

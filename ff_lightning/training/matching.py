@@ -15,13 +15,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from ff_lightning.heads import HEADS
+from ff_lightning.tasks import TASKS
 from ff_lightning.training.plain import make_plain
 
-COMPUTING = ("backbone", "stem", "num_classes", "input_shape", "granularity", "head", "norm")
+COMPUTING = ("backbone", "stem", "num_classes", "input_shape", "granularity", "head", "norm", "task")
 """Arguments that change what the network computes: they must be those of the checkpoint."""
 _TRAINING = (
     *("optimizer", "lr", "lr_decay", "lr_scheduler", "lr_interval", "optimization", "clip_norm", "clip_value"),
     *("accumulate", "compile", "memory_format", "label_smoothing", "reach", "train_blocks", "probe", "weights"),
+    *("loss", "metrics"),
 )
 """Arguments that change how it is trained: they may differ, except where a run is resumed. All other arguments, among
 them the vote and those of a user's own class, are compared with a warning."""
@@ -67,6 +69,9 @@ def _spelled(name: str, value: Any) -> Any:
     """An argument in one way of writing it: a class by its name with all its arguments, a list for any sequence."""
     if name == "input_shape" and value is None:
         value = (3, 32, 32)
+    elif name == "task" and (value is None or isinstance(value, str)):
+        name_of_task = "classification" if value is None else value.lower()
+        value = make_plain({name: TASKS.get(name_of_task, value)})[name]
     elif name == "head" and isinstance(value, str) and value in HEADS:
         value = make_plain({name: HEADS[value]})[name]
     if isinstance(value, Mapping) and "class_path" in value:

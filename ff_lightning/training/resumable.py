@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from ff_lightning.training import checks, matching, resume
 from ff_lightning.training.checkpoint_io import WholeCheckpointIO
+from ff_lightning.training.kept import kept
 from ff_lightning.training.plain import make_checkpoint_plain, make_plain
 from ff_lightning.training.reporting import Reporting, not_finite
 
@@ -36,6 +37,7 @@ class Resumable(Reporting):
         self._data: dict[str, Any] | None = None
         self._interrupted: dict[str, Any] = {}
 
+    @kept
     def setup(self, stage: str) -> None:
         """Compare the model with the data; have checkpoints written that are whole or not there."""
         for message in _EXPECTED:
@@ -52,8 +54,9 @@ class Resumable(Reporting):
             matching.check_same_data(self.trained_on, self._data, strict=stage != "fit")
         if stage == "fit":
             self.trained_on = self.trained_on | self._data
-            self.infinite_by_nature = frozenset(not_finite(dict(self.net.named_buffers())))
+            self.infinite_by_nature = frozenset(not_finite(dict(self.named_buffers())))
 
+    @kept
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare a checkpoint with the network, the data and the run, and say in one line where they differ."""
         saved = checkpoint.get("ff_lightning", {})
@@ -70,16 +73,19 @@ class Resumable(Reporting):
             resume.restore_frozen(self, saved.get("frozen"))
         self._interrupted = {**saved, "optimizers": matching.groups_of(checkpoint.get("optimizer_states", ()))}
 
+    @kept
     def teardown(self, stage: str) -> None:
         """Say so where no batch was seen; a Tuner ends its trial runs by an exception, before their first batch."""
         if sys.exc_info()[0] is None:
             checks.check_something_ran(self.trainer)
 
+    @kept
     def on_fit_start(self) -> None:
         """Compare the optimizers with those of the run that goes on."""
         if self.trainer.ckpt_path is not None and self._interrupted:
             matching.check_same_parameters(self._interrupted["optimizers"], self.trainer.optimizers)
 
+    @kept
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `resume` says, unless the run went wrong."""
         trainer = self.trainer

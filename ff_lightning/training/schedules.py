@@ -32,7 +32,7 @@ def make_scheduler(module: Any, optimizer: Optimizer) -> LRScheduler | ReduceLRO
 
 
 def total_steps(module: Any) -> int:
-    """Number of optimizer steps of each block: those of the whole run, or of its turn where blocks take turns."""
+    """Number of optimizer steps of each unit: those of the run, or of a phase where units are trained in turn."""
     trainer = module.trainer
     steps = trainer.estimated_stepping_batches
     if math.isinf(steps) or steps < 0:
@@ -48,7 +48,7 @@ def total_steps(module: Any) -> int:
         raise ValueError(
             "no batch to fit: the loader is empty, or holds fewer samples than a batch with drop_last=True"
         )
-    return max(1, math.ceil(steps / module.turns))
+    return max(1, math.ceil(steps / module.phases))
 
 
 def follow_first_group(optimizer: Optimizer, scheduler: Any) -> None:

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ff_lightning.tasks import Task
 from ff_lightning.training.checkpoint_io import check_whole, fetched, read
 from ff_lightning.training.lightning_private import INSTANTIATOR, hyperparameters_given, restricted_classmethod
 
 PACKAGES = ("torch", "torchvision", "lightning", "ff_lightning")
 """Their modules are imported where a checkpoint names one of their classes."""
 
-KINDS = (Optimizer, LRScheduler, nn.Module, LightningDataModule)
+KINDS = (Optimizer, LRScheduler, nn.Module, LightningDataModule, Task)
 """A checkpoint may name their subclasses."""
 
 _TEXT = re.compile(r"([\w/~.][\w ./,+=()%@~-]*)?")

@@ -1,7 +1,9 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and their names."""
 
 import contextlib
+import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,3 +96,26 @@ def check_sums(path: Path) -> bool:
     if damaged:
         raise ValueError(f"{path} is damaged ({damaged}): take an earlier one, or copy it again")
     return True
+
+
+def printable(path: str | Path) -> str:
+    """A path as text that can be written: bytes that are not UTF-8 as backslash and number."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        OSError: If it cannot be read, or is none: a pipe would be waited for.
+    """
+    check_kind(os.stat(path).st_mode)
+    return Path(path).read_bytes()
+
+
+def check_kind(mode: int) -> None:
+    """Raise OSError for the mode of what is no file."""
+    if stat.S_ISDIR(mode):
+        raise OSError("it is a folder: one with the ending of a file, that cannot be listed, or that leads back up")
+    if not stat.S_ISREG(mode):
+        raise OSError("it is a pipe, socket or device, not a file")

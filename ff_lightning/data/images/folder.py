@@ -13,9 +13,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ff_lightning.data.images.base import FORMAT, IMAGENET_STATISTICS, ImageData
 from ff_lightning.data.images.cache import cached
-from ff_lightning.data.images.reading import OnError, load_image, printable, read_bytes
+from ff_lightning.data.images.reading import OnError, load_image
 from ff_lightning.data.images.split import Sample
 from ff_lightning.data.listing import Listing, first_five, is_hidden, list_classes
+from ff_lightning.util.files import printable, read_bytes
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from torchvision.transforms import v2
 from ff_lightning.data.images.augment import crop_box
 from ff_lightning.data.loaders import as_it_is
 from ff_lightning.data.splits import Numbers
+from ff_lightning.util.files import check_kind, printable
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def load_image(path: str | Path) -> Image.Image:
         OSError: If it cannot be read, or has more than `PIL.Image.MAX_IMAGE_PIXELS` (89 million); it is named.
     """
     try:
-        _check_kind(os.stat(path).st_mode)
+        check_kind(os.stat(path).st_mode)
         with Image.open(path) as image:
             _check_size(*image.size)
             if (factor := _too_large_by(image)) > 1:
@@ -60,28 +60,6 @@ def load_image(path: str | Path) -> Image.Image:
             return _reduced(_eight_bits(_upright(image))).convert("RGB")
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise OSError(f"cannot read the image {printable(path)}: {error}") from error
-
-
-def printable(path: str | Path) -> str:
-    """A path as text that can be written: bytes that are not UTF-8 as backslash and number."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file.
-
-    Raises:
-        OSError: If it cannot be read, or is none: a pipe would be waited for.
-    """
-    _check_kind(os.stat(path).st_mode)
-    return Path(path).read_bytes()
-
-
-def _check_kind(mode: int) -> None:
-    if stat.S_ISDIR(mode):
-        raise OSError("it is a folder: one with the ending of an image, that cannot be listed, or that leads back up")
-    if not stat.S_ISREG(mode):
-        raise OSError("it is a pipe, socket or device, not a file")
 
 
 def _check_size(width: int, height: int) -> None:

@@ -1,0 +1,203 @@
+"""Tables: rows of numbers and categories become vectors (F,)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.datasets import load_breast_cancer, load_diabetes
+
+from ff_lightning.data.columns import OnMissing, TableEncoder, as_name, is_missing, is_number, numbers_of
+from ff_lightning.data.listing import first_five
+from ff_lightning.data.memory import FileData, MemoryData, Samples
+from ff_lightning.data.records import Records, read_records
+from ff_lightning.data.splits import Targets
+from ff_lightning.training.plain import to_plain
+from ff_lightning.util.arguments import check_choice, check_switch, shown
+
+
+class Tabular(FileData):
+    """A table of the user's own: csv, tsv, jsonl or parquet (with pandas), one sample in a row.
+
+    Columns of numbers are standardised with the mean and deviation of the training split; other columns are one-hot, a
+    category for each of their values in the training split. A sample is float32 (F,).
+
+    Args:
+        train: File of the training samples, with the names of its columns in the first line.
+        target: Column of the target: classes; for ``task="multilabel"`` a list of columns of 0 and 1; for
+            ``task="regression"`` one or more columns of numbers.
+        categorical: Columns of categories; None: those in which less than half of the values are numbers.
+        drop: Columns that are left out, such as a number of the row.
+        on_missing: A value that is missing (nothing, ``NA``, ``NaN``, ``null``, ``?``) is an error (``"raise"``), or is
+            filled (``"fill"``) by the mean of its column in the training split, or by no category.
+        delimiter: Between the values of a line; None: a comma, in a file that ends in .tsv a tab.
+        kwargs: val, test, test_fraction, task, batch_size, val_fraction, seed, ...; see `FileData` and `DataModule`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If an argument or a file is not as it should be; line and column are named.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        target: list[str] | str,  # lists first: the command line takes the first type that fits
+        categorical: list[str] | None = None,
+        drop: list[str] | None = None,
+        on_missing: OnMissing = "raise",
+        delimiter: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        target, categorical, drop = to_plain((target, categorical, drop))
+        check_choice("on_missing", on_missing, ["raise", "fill"])
+        for name, given in (("categorical", categorical), ("drop", drop)):
+            if given is not None and (isinstance(given, str) or not all(isinstance(column, str) for column in given)):
+                raise ValueError(f"{name}={shown(given)}: must be a list of names of columns, or None")
+        if delimiter is not None and not (isinstance(delimiter, str) and len(delimiter) == 1):
+            raise ValueError(f"delimiter={delimiter!r}: must be one character, or None")
+        self.target, self.delimiter = target, delimiter
+        self.categorical, self.drop, self.on_missing = categorical or [], drop or [], on_missing
+        self._columns: list[str] = []
+        super().__init__(train=train, **kwargs)
+
+    def read_file(self, path: str) -> Samples:
+        """The rows of a table; those of the first are asked for the names of the columns."""
+        records = read_records(path, self.delimiter)
+        targets = targets_of(records, self.target, self.task)
+        if not self._columns:
+            for name in self.categorical:
+                records.column("categorical", name)
+            for name in self.drop:
+                records.column("drop", name)
+            out = {*self.drop, *([self.target] if isinstance(self.target, str) else self.target)}
+            self._columns = [name for name in records.columns if name not in out]
+            if not self._columns:
+                raise ValueError(f"{path}: there is no column besides the target and those in drop")
+        missing = [name for name in self._columns if name not in records.columns]
+        if missing:
+            raise ValueError(f"{path}: has no column {first_five(missing)}, which the training samples have")
+        inputs = {name: records.columns[name] for name in self._columns}
+        return Samples(inputs, targets, records.path, records.lines, records.unit)
+
+    def names_of(self, samples: Samples) -> Sequence[str]:
+        """Names of the classes, or of the columns of the target."""
+        if self.task == "classification":
+            return super().names_of(samples)
+        return [self.target] if isinstance(self.target, str) else self.target
+
+    def make_encoder(self) -> TableEncoder:
+        """Of numbers and categories."""
+        return TableEncoder(self.categorical, self.on_missing)
+
+
+class BreastCancer(MemoryData):
+    """569 tumours, 30 measures of the cells of each, malignant or benign; 20 % are the test set. Embedded.
+
+    Source: Street, Wolberg and Mangasarian, Nuclear Feature Extraction for Breast Tumor Diagnosis, 1993; by
+    scikit-learn.
+
+    Args:
+        kwargs: batch_size, val_fraction, seed, ...; see `DataModule`.
+
+    Example:
+        >>> data = BreastCancer()
+        >>> data.num_classes, data.input_shape, data.task
+        (2, (30,), 'classification')
+    """
+
+    def read(self, split: str) -> Samples | None:
+        """The table."""
+        if split != "train":
+            return None
+        table = load_breast_cancer()
+        return _embedded("breast_cancer", table, table.target_names[table.target].astype(object))
+
+    def make_encoder(self) -> TableEncoder:
+        """Of numbers."""
+        return TableEncoder()
+
+
+class Diabetes(MemoryData):
+    """442 patients, 10 measures of each, and how far their diabetes came in a year: a regression. Embedded.
+
+    20 % are the test set. The target is from 25 to 346.
+
+    Source: Efron, Hastie, Johnstone and Tibshirani, Least Angle Regression, Annals of Statistics 32, 2004; by
+    scikit-learn.
+
+    Args:
+        standardise_target: Whether targets are standardised with the statistics of the training split
+            (`target_statistics`): errors are then in standard deviations, not in the units of the target.
+        kwargs: batch_size, val_fraction, seed, ...; see `DataModule`.
+
+    Example:
+        >>> data = Diabetes()
+        >>> data.num_classes, data.input_shape, data.task
+        (1, (10,), 'regression')
+    """
+
+    task = "regression"
+
+    def __init__(self, standardise_target: bool = True, **kwargs: Any) -> None:
+        check_switch("standardise_target", standardise_target)
+        self.standardise_target = standardise_target
+        super().__init__(**kwargs)
+
+    def names_of(self, samples: Samples) -> Sequence[str]:
+        """What the target is."""
+        return ["progression"]
+
+    def read(self, split: str) -> Samples | None:
+        """The table."""
+        table = load_diabetes(scaled=False)
+        return _embedded("diabetes", table, table.target.astype(np.float32)) if split == "train" else None
+
+    def make_encoder(self) -> TableEncoder:
+        """Of numbers."""
+        return TableEncoder()
+
+
+def _embedded(name: str, table: Any, targets: Targets) -> Samples:
+    """A table of scikit-learn."""
+    inputs = {str(column): table.data[:, i] for i, column in enumerate(table.feature_names)}
+    return Samples(inputs, targets, name, np.arange(1, len(targets) + 1), "row")
+
+
+def targets_of(records: Records, target: list[str] | str, task: str) -> Targets:
+    """The targets of a table: names of classes (N,), or float32 (N,) for one column and (N, K) for several.
+
+    Raises:
+        ValueError: If a column is missing or there is no name, number, 0 or 1 in a row of it.
+    """
+    if isinstance(target, str):
+        return _target(records, target, task)
+    if task == "classification" or not target or not all(isinstance(name, str) for name in target):
+        allowed = "the name of a column" if task == "classification" else "a name or names of columns"
+        raise ValueError(f"target={shown(target)}: must be {allowed} for task={task!r}")
+    return np.stack([_target(records, name, task) for name in target], 1)
+
+
+def _target(records: Records, name: str, task: str) -> Targets:
+    column = records.column("target", name)
+
+    def place(row: int) -> str:
+        return f"{records.path}, {records.unit} {records.lines[row]}, column {name!r}"
+
+    for row, value in enumerate(column):
+        if is_missing(value):
+            raise ValueError(f"{place(row)}: there is no target")
+    if task == "classification":
+        names = np.array([as_name(value) for value in column], object)
+        different = set(names)
+        if len(different) > 20 and 3 * len(different) > len(names) and all(map(is_number, different)):
+            raise ValueError(
+                f"{records.path}, column {name!r}: holds {len(different)} different numbers, too many to be classes of "
+                f"{len(names)} rows: is it task='regression'?"
+            )
+        return names
+    if task == "multilabel":
+        column = np.array([{"true": 1, "false": 0}.get(str(value).strip().lower(), value) for value in column], object)
+    numbers = numbers_of(column, place).astype(np.float32)
+    wrong = np.flatnonzero((numbers != 0) & (numbers != 1))
+    if task == "multilabel" and len(wrong):
+        raise ValueError(f"{place(wrong[0])}: must be 0 or 1, it is {shown(column[wrong[0]])}")
+    return numbers

@@ -1,0 +1,113 @@
+"""Updates: what the training loop knows of a method, and how they are handed to a loop that asks for one loss."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ff_lightning.util.torch_private import without_tensor_hooks
+
+
+class Update(NamedTuple):
+    """A local loss and the units that learn from it."""
+
+    units: tuple[int, ...]
+    """Numbers of the units that the gradient of `loss` reaches; they take their step next."""
+    loss: Tensor
+    """Scalar with a graph."""
+    values: tuple[Tensor, ...]
+    """The loss of each of the units, detached: what is reported."""
+
+
+class Delivered(NamedTuple):
+    """What `deliver` gives."""
+
+    losses: Tensor
+    """(N,): the loss of each unit in the order of the updates; the backward of their sum delivers the gradients."""
+    units: tuple[int, ...]
+    """The unit of each of the losses."""
+    idle: set[nn.Parameter]
+    """The parameters of all units for which no update has a gradient."""
+
+
+def deliver(
+    updates: Iterable[Update], parameters: Sequence[Sequence[nn.Parameter]], scaler: torch.amp.GradScaler | None = None
+) -> Delivered:
+    """Compute the gradients of all updates, one update after the other, for a loop that calls backward once.
+
+    The graph of one update is alive at a time; its gradients are kept. ``backward()`` of any scalar made of the losses
+    hands them to the parameters, each times the gradient that arrives at the loss of its unit: weights of the losses
+    other than one for all ask for updates of single units.
+
+    Args:
+        updates: Of a batch. One without a graph counts as a loss alone.
+        parameters: The trainable parameters of each unit.
+        scaler: The gradient scaler of the loop, where it trains in float16: the gradients are then computed at its
+            scale too, and do not underflow.
+
+    Raises:
+        ValueError: If there is no update.
+    """
+    every = list(dict.fromkeys(p for own in parameters for p in own))  # DistributedDataParallel waits for each of them
+    place = {parameter: number for number, parameter in enumerate(every)}
+    gradients: list[tuple[int, list[int], list[Tensor]]] = []  # number of the loss, of the parameters, their gradients
+    values: list[Tensor] = []
+    units: list[int] = []
+    scale: Tensor | None = None
+    for update in updates:
+        if scale is None:
+            one = torch.ones((), device=update.loss.device)
+            scale = scaler.scale(one) if scaler else one
+        own = list(dict.fromkeys(p for unit in update.units for p in parameters[unit]))
+        if update.loss.requires_grad and own:
+            with without_tensor_hooks(own):  # they run when the gradients are handed over
+                found = torch.autograd.grad(update.loss * scale, own, allow_unused=True)
+            gradient_of = {p: gradient for p, gradient in zip(own, found, strict=True) if gradient is not None}
+            for number in reversed(range(len(update.units))):
+                of_unit = [p for p in parameters[update.units[number]] if p in gradient_of]
+                got = [gradient_of.pop(p) for p in of_unit]  # a shared parameter is handed over once
+                gradients.append((len(values) + number, [place[p] for p in of_unit], got))
+        units += update.units
+        values += update.values
+    if scale is None:
+        raise ValueError("a batch without any update: local_updates must yield one or more")
+    reached = {number for _, numbers, _ in gradients for number in numbers}
+    idle = {parameter for number, parameter in enumerate(every) if number not in reached}
+    losses = torch.stack(values)
+    if torch.is_grad_enabled():
+        losses = _Deliver.apply(losses, scale, gradients, *every)
+    return Delivered(losses, tuple(units), idle)
+
+
+class _Deliver(torch.autograd.Function):
+    """A vector whose backward hands out gradients that were computed before, times the gradient that arrives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        losses: Tensor,
+        scale: Tensor,
+        gradients: list[tuple[int, list[int], list[Tensor]]],
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.scale, ctx.gradients, ctx.count = scale, gradients, len(parameters)
+        return losses.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arriving: Tensor) -> tuple[Any, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the local gradients of this loss were already delivered: compute the loss again")
+        factors = (arriving / ctx.scale).unbind()
+        totals: list[Tensor | None] = [None] * ctx.count
+        while gradients:
+            number, places, computed = gradients.pop(0)
+            # not in place: two parameters may have been given the same tensor, or one that repeats its values
+            scaled = torch._foreach_mul(computed, factors[number]) if computed else ()
+            for at, gradient in zip(places, scaled, strict=True):
+                before = totals[at]
+                totals[at] = gradient if before is None else before + gradient
+        return None, None, None, *totals
