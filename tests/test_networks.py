@@ -25,8 +25,9 @@ def features_of(name, model, x):
     """The features by the model itself."""
     where = next(FEATURES[key] for key in FEATURES if name.startswith(key))
     kept = []
-    model.get_submodule(where).register_forward_hook(lambda *args: kept.append(args[2]))
+    hook = model.get_submodule(where).register_forward_hook(lambda *args: kept.append(args[2]))
     model(x)
+    hook.remove()
     return kept[0]
 
 
@@ -70,7 +71,7 @@ def test_units_in_order_equal_the_network(name):
         pytest.importorskip("timm")
     model, size = build(name)
     x, y = torch.randn(2, 3, size, size), torch.tensor([0, 1])
-    own = dict(model.named_parameters())
+    own, reference = dict(model.named_parameters()), copy.deepcopy(model)
     for granularity, count in zip(GRANULARITIES, ROWS[name], strict=True):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a single unit, and of heads that only run in training
@@ -78,7 +79,8 @@ def test_units_in_order_equal_the_network(name):
         blocks = net.blocks
         assert len(blocks) == count, granularity
         for training in (False, True):
-            reference = copy.deepcopy(model).train(training)
+            reference.load_state_dict(model.state_dict())
+            reference.train(training)
             net.train(training)
             with torch.no_grad():
                 torch.manual_seed(1)
