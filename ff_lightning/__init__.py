@@ -1,11 +1,12 @@
 """Scalable Forward-Forward and local learning for any network, inside Lightning."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from ff_lightning.heads import GoodnessHead, PooledHead
+from ff_lightning.local.exits import EarlyExit
 from ff_lightning.local.net import LocalNet
 from ff_lightning.local.objectives import Objective
 from ff_lightning.local.updates import Update
@@ -13,11 +14,15 @@ from ff_lightning.partition import partition
 
 if TYPE_CHECKING:
     from ff_lightning import data, tasks
-    from ff_lightning.modules import SFF, Backprop, LocalLearner
+    from ff_lightning.inference import from_pretrained, load
+    from ff_lightning.modules import FF, SFF, Backprop, CwC, LocalLearner
 
 __all__ = [
+    "FF",
     "SFF",
     "Backprop",
+    "CwC",
+    "EarlyExit",
     "GoodnessHead",
     "LocalLearner",
     "LocalNet",
@@ -25,6 +30,8 @@ __all__ = [
     "PooledHead",
     "Update",
     "data",
+    "from_pretrained",
+    "load",
     "partition",
     "tasks",
 ]
@@ -34,6 +41,8 @@ def __getattr__(name: str) -> Any:
     """Import what needs Lightning when it is asked for: plain PyTorch users do not wait for it."""
     if name in ("data", "tasks"):
         return importlib.import_module(f"ff_lightning.{name}")
-    if name in ("SFF", "Backprop", "LocalLearner"):
+    if name in ("FF", "SFF", "Backprop", "CwC", "LocalLearner"):
         return getattr(importlib.import_module("ff_lightning.modules"), name)
+    if name in ("load", "from_pretrained"):
+        return getattr(importlib.import_module("ff_lightning.inference"), name)
     raise AttributeError(f"module 'ff_lightning' has no attribute {name!r}")

@@ -3,11 +3,16 @@
 Shapes: B batch, K classes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ff_lightning.util.arguments import check_number
+from ff_lightning.util.arguments import check_choice, check_number
+
+IGNORED = -100
+"""A target that does not count, as in PyTorch."""
 
 
 def logsumexp_loss(goodness: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -62,7 +67,7 @@ class LogSumExpLoss(nn.Module):
 
     def forward(self, goodness: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch; see `logsumexp_loss`. 0 where no image counts."""
-        ignored = -100 if self.ignore_index is None else self.ignore_index
+        ignored = IGNORED if self.ignore_index is None else self.ignore_index
         loss = F.cross_entropy(
             goodness.float(),
             target,
@@ -73,6 +78,49 @@ class LogSumExpLoss(nn.Module):
         if self.ignore_index is None:
             return loss
         return torch.where((target == ignored).all(), torch.zeros_like(loss), loss)  # of no image at all: 0 / 0
+
+
+class LabelLoss(nn.Module):
+    """The binary cross-entropy with logits, of scores (B, K) and labels (B, K) of any dtype; float32."""
+
+    weights: Tensor | None
+
+    def __init__(self, weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        own = None if weights is None else torch.tensor([float(weight) for weight in weights])
+        self.register_buffer("weights", own, persistent=False)
+
+    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
+        """Mean over samples and labels."""
+        return F.binary_cross_entropy_with_logits(scores.float(), target.float(), pos_weight=self.weights)
+
+
+class NumberLoss(nn.Module):
+    """The mean squared error, or Huber's, of scores (B, K) and targets (B, K) or (B,); float32."""
+
+    def __init__(self, robust: bool = False) -> None:
+        super().__init__()
+        self.robust = robust
+
+    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
+        """Mean over samples and numbers."""
+        target = target.reshape(scores.shape).float()
+        return F.huber_loss(scores.float(), target) if self.robust else F.mse_loss(scores.float(), target)
+
+
+class NextTokenLoss(nn.Module):
+    """The softmax cross-entropy of scores (B, T, K) at each place and the token id behind it in (B, T); float32.
+
+    Ids `IGNORED` do not count; 0 where none counts.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.each = LogSumExpLoss(label_smoothing, ignore_index=IGNORED)
+
+    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
+        """Mean over the tokens that count."""
+        return self.each(scores[:, :-1].flatten(0, 1), target[:, 1:].flatten())
 
 
 def check_classes(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
@@ -89,7 +137,7 @@ def check_classes(target: Tensor, num_classes: int, ignore_index: int | None = N
         raise ValueError(f"label {label} in the batch: num_classes={num_classes} allows 0 to {num_classes - 1}")
 
 
-def similarity_loss(features: Tensor, target: Tensor, num_classes: int) -> Tensor:
+def similarity_loss(features: Tensor, target: Tensor, num_classes: int, mask: Tensor | None = None) -> Tensor:
     """Similarity matching: the mean squared difference between the similarities of features and those of targets.
 
     The similarity of two images is the cosine of their centred vectors: for features the standard deviations of their
@@ -99,6 +147,7 @@ def similarity_loss(features: Tensor, target: Tensor, num_classes: int) -> Tenso
         features: (B, C, ...), floating.
         target: Class numbers, (B,), int64, or probabilities of the classes, (B, K).
         num_classes: K.
+        mask: For tokens (B, C, T): (B, T), bool, false at what is only padding and does not count.
 
     Returns:
         A scalar, float32.
@@ -107,9 +156,20 @@ def similarity_loss(features: Tensor, target: Tensor, num_classes: int) -> Tenso
     deviation is in their code alone.
     """
     x = features.float()
-    x = x.flatten(1) if x[0, 0].numel() == 1 else x.flatten(2).std(2)
+    if mask is not None:
+        x = _deviation(x, mask[:, None])
+    else:
+        x = x.flatten(1) if x[0, 0].numel() == 1 else x.flatten(2).std(2)
     y = target.float() if target.is_floating_point() else F.one_hot(target, num_classes).float()
     return F.mse_loss(_similarities(x), _similarities(y))
+
+
+def _deviation(x: Tensor, mask: Tensor) -> Tensor:
+    """The standard deviation of each channel (B, C, T) over the positions where a mask (B, 1, T) is true."""
+    count = mask.sum(2)
+    mean = x.masked_fill(~mask, 0).sum(2, keepdim=True) / count.clamp(min=1)[:, :, None]
+    squares = (x - mean).masked_fill(~mask, 0).square().sum(2)
+    return (squares / (count - 1).clamp(min=1) + 1e-12).sqrt()  # the root of zero has no gradient
 
 
 def _similarities(x: Tensor) -> Tensor:
@@ -157,3 +217,36 @@ def threshold_loss(positive: Tensor, negative: Tensor, theta: float | Tensor) ->
     Source: Hinton, The Forward-Forward Algorithm, arXiv 2212.13345.
     """
     return F.softplus(torch.cat([theta - positive, negative - theta])).mean()
+
+
+class GroupLoss(nn.Module):
+    """The three losses of channel-wise competition, on the goodness of the classes.
+
+    ``"ce"`` is the softmax cross-entropy; ``"pvn"`` sets the goodness of the true class above a threshold, and the mean
+    goodness of the others below it, by `threshold_loss`; ``"cwg"`` is 0.28 of the first and 0.72 of the second.
+
+    Args:
+        kind: ``"ce"``, ``"pvn"`` or ``"cwg"``.
+        theta: The threshold.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Source: Papachristodoulou et al., Convolutional Channel-wise Competitive Learning for the Forward-Forward Algorithm,
+    arXiv 2312.12668.
+    """
+
+    def __init__(self, kind: str = "ce", theta: float = 2.0) -> None:
+        super().__init__()
+        check_choice("loss", kind, ["ce", "pvn", "cwg"])
+        check_number("theta", theta, above=0)
+        self.share = {"ce": 1.0, "pvn": 0.0, "cwg": 0.28}[kind]
+        self.theta = theta
+
+    def forward(self, goodness: Tensor, target: Tensor) -> Tensor:
+        """The loss of goodness (B, K) and classes (B,), a scalar, float32."""
+        goodness = goodness.float()
+        true = goodness.gather(1, target[:, None]).squeeze(1)
+        others = (goodness.sum(1) - true) / (goodness.shape[1] - 1)
+        both = logsumexp_loss(goodness, target), threshold_loss(true, others, self.theta)
+        return self.share * both[0] + (1 - self.share) * both[1]

@@ -4,15 +4,15 @@ Shapes: B batch, K scores, L blocks.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import Metric, classification, regression
+from torchmetrics.text import Perplexity
 
-from ff_lightning.losses import LogSumExpLoss, check_classes
-from ff_lightning.util.arguments import check_choice, check_number, check_switch, is_whole, shown
+from ff_lightning.losses import IGNORED, LabelLoss, LogSumExpLoss, NextTokenLoss, NumberLoss, check_classes
+from ff_lightning.util.arguments import check_choice, check_number, check_switch, is_whole, kind_of, shown
 
 
 class Task:
@@ -276,36 +276,47 @@ class Unlabelled(Task):
     """No target at all: the loss of the method is what is logged."""
 
 
-class LabelLoss(nn.Module):
-    """The binary cross-entropy with logits, of scores (B, K) and labels (B, K) of any dtype; float32."""
+class NextToken(Task):
+    """The next token at each place of a text, out of K; logged as ``acc`` and ``perplexity``. For causal networks.
 
-    weights: Tensor | None
+    Scores are (B, T, K), as those of the head ``"tokens"``; place t answers for the token at t + 1. Targets are the
+    token ids themselves (B, T), int64, `IGNORED` where none is to be told; without targets, those of the inputs.
+    """
 
-    def __init__(self, weights: Sequence[float] | None = None) -> None:
-        super().__init__()
-        own = None if weights is None else torch.tensor([float(weight) for weight in weights])
-        self.register_buffer("weights", own, persistent=False)
+    monitor = ("val/perplexity", "min")
+    figure_names = ("acc",)
+    metrics = ("perplexity",)
+    known_metrics: ClassVar[dict[str, Callable[[int], Metric]]] = {"perplexity": lambda k: Perplexity(IGNORED)}
+    least_scores = 2
 
-    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
-        """Mean over samples and labels."""
-        return F.binary_cross_entropy_with_logits(scores.float(), target.float(), pos_weight=self.weights)
+    def criterion(self, label_smoothing: float = 0.0) -> nn.Module:
+        """The softmax cross-entropy of the next tokens."""
+        return NextTokenLoss(label_smoothing)
+
+    def check(self, target: Any, batch: int, training: bool = True, look: bool = False) -> None:
+        """Raise ValueError unless targets are token ids."""
+        if not isinstance(target, Tensor) or target.ndim != 2 or len(target) != batch or target.dtype != torch.int64:
+            raise ValueError(f"the tokens of a batch are {kind_of(target)}: give their ids, int64 ({batch}, T)")
+        check_classes(target.cpu() if look else target, self.num_classes, IGNORED)
+
+    def figures(self, scores: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Whether the highest score is the one of the next token, (..., B (T - 1))."""
+        scores, target = self.for_metric(scores, target)
+        return {"acc": (scores.argmax(-1) == target).float().flatten(-2)}
+
+    def counted(self, target: Tensor) -> Tensor | None:
+        """The tokens that are to be told, (B (T - 1),)."""
+        return (target[:, 1:] != IGNORED).flatten()
+
+    def for_metric(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores of all places but the last, and the tokens behind them."""
+        return scores[..., :-1, :].float(), target[:, 1:]
 
 
-class NumberLoss(nn.Module):
-    """The mean squared error, or Huber's, of scores (B, K) and targets (B, K) or (B,); float32."""
-
-    def __init__(self, robust: bool = False) -> None:
-        super().__init__()
-        self.robust = robust
-
-    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
-        """Mean over samples and numbers."""
-        target = target.reshape(scores.shape).float()
-        return F.huber_loss(scores.float(), target) if self.robust else F.mse_loss(scores.float(), target)
-
+TaskName = Literal["Classification", "MultiLabel", "Regression", "NextToken", "Unlabelled"]
 
 TASKS: dict[str, type[Task]] = {
-    cls.__name__.lower(): cls for cls in (Classification, MultiLabel, Regression, Unlabelled)
+    cls.__name__.lower(): cls for cls in (Classification, MultiLabel, Regression, NextToken, Unlabelled)
 }
 
 
@@ -313,20 +324,6 @@ def task_of_name(name: str) -> Task:
     """The task of a name of `TASKS`, capital letters or not."""
     check_choice("task", name.lower(), TASKS, f"one of {[cls.__name__ for cls in TASKS.values()]}")
     return TASKS[name.lower()]()
-
-
-def kind_of(value: Any) -> str:
-    """What something is, for an error message."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    if isinstance(value, dict):
-        return f"a {type(value).__name__} with the keys {list(value)[:5]}"
-    if isinstance(value, str):
-        return f"the text {value!r}"
-    if isinstance(value, list | tuple):
-        kinds = [type(part).__name__ for part in value[:5]]
-        return f"a {type(value).__name__} of {len(value)} parts ({', '.join(kinds)}{', ...' if len(value) > 5 else ''})"
-    return f"a {type(value).__name__}"
 
 
 def _class_numbers(target: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def make(name):
     arguments = {
         "optimization": "automatic" if name.endswith("automatic") else "manual",
         "memory_format": "channels_last" if name == "channels_last" else None,
-        "reach": 2 if name.startswith("reach") else 1,
+        "reach": {"reach": 2, "windows": 0.95}.get(name.split("_")[0], 1),
+        "own_loss": 0.3 if name.startswith("windows") else 1.0,
         "accumulate": 2 if name == "accumulate" else 1,
         "clip_norm": 0.1 if name.startswith("clip") else None,
         "optimizer": {
@@ -62,7 +63,19 @@ def make(name):
         },
         "lr": 0.01,
     }
-    return SFF(backbone=network, num_classes=10, input_shape=(1, 8, 8), head=plain_head, **arguments)
+    method = Twice if name == "twice" else SFF
+    return method(backbone=network, num_classes=10, input_shape=(1, 8, 8), head=plain_head, **arguments)
+
+
+class Twice(SFF):
+    """Each unit comes back: its second update needs the step of the first."""
+
+    overlaps_steps = False
+
+    def local_updates(self, batch):
+        for _ in range(2):
+            yield from super().local_updates(batch)
+            self.net.passes -= 1
 
 
 class Own(pl.LightningModule):
@@ -126,7 +139,7 @@ def trainer(**settings):
 
 
 SCENARIOS = ["manual", "automatic", "accumulate", "clip", "clip_automatic", "unused", "unused_automatic"]
-SCENARIOS += ["channels_last", "norm", "reach", "reach_automatic"]
+SCENARIOS += ["channels_last", "norm", "reach", "reach_automatic", "windows", "windows_automatic", "twice"]
 
 
 def main(folder):

@@ -36,7 +36,7 @@ WRONG = {
     ),
     "flat": ((X.flatten(1), Y), r"have the shape \(8, 64\): give \(B, 1, 8, 8\)"),
     "uint8": (((X * 50).byte(), Y), "the images of a batch are torch.uint8: give floating ones, normalised"),
-    "list of images": ((list(X), Y), r"the images of a batch are a list of 8 parts \(Tensor, .*\): give a tensor"),
+    "list of images": ((list(X), Y), r"have the shape \(1, 8, 8\): give \(B, 1, 8, 8\)"),
 }
 
 

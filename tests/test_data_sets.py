@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision import datasets
 
 from ff_lightning import data
+from ff_lightning.commands.sheet import contact_sheet
 from ff_lightning.data.images.tiny import TinyImageNetFolder
 from tests.test_data import write_cifar
 
@@ -343,3 +344,24 @@ def test_mnist_is_downloaded(tmp_path, served, monkeypatch):
     monkeypatch.setattr(datasets.MNIST, "mirrors", [f"{address}/"])
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
     assert len(ready(data.MNIST(root=str(tmp_path / "data"), val_fraction=0.5)).test_set) == 10
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_images_are_vectors_on_request(size):
+    flat, square = (data.Digits(flat=flat, image_size=size) for flat in (True, False))
+    assert flat.input_shape == ((size or 8) ** 2,)
+    for module in (flat, square):
+        module.setup("fit")
+        module.setup("test")
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        for (x, y), (image, label) in zip(getattr(flat, loader)(), getattr(square, loader)(), strict=True):
+            assert torch.equal(x, image.flatten(1))
+            assert torch.equal(y, label)
+    assert contact_sheet(flat).tobytes() == contact_sheet(square).tobytes()
+
+
+@pytest.mark.parametrize(("name", "length"), [("MNIST", 784), ("FashionMNIST", 784), ("CIFAR10", 3072)])
+def test_vectors_of_downloaded_sets(name, length):
+    assert getattr(data, name)(flat=True).input_shape == (length,)
+    with pytest.raises(ValueError, match="flat='yes': must be True or False"):
+        getattr(data, name)(flat="yes")

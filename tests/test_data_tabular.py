@@ -91,7 +91,7 @@ def test_another_format_gives_the_same_samples(ending, write, tmp_path):
 
 def test_parquet_without_pandas_says_what_to_install(monkeypatch, write):
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"table.parquet: .*pip install ff-lightning\[parquet\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"table.parquet: .*pip install ff-lightning\[parquet\]"):
         data.Tabular(write("", "table.parquet"), "kind")
 
 
@@ -114,6 +114,11 @@ def test_numbers_may_be_categories_and_classes_are_in_the_order_of_their_numbers
     assert module.class_names == ["2", "9", "10"]
     assert module.encoder.feature_names == ["code=0", "code=1", "code=2"]
     assert module.statistics == ([], [])
+
+
+def test_a_class_may_be_called_none(write):
+    module = ready(write(CSV.replace("dog", "none")), "kind", drop=["id"])
+    assert module.class_names == ["cat", "none"]
 
 
 def regression(write):
@@ -140,6 +145,8 @@ def test_a_regression_keeps_the_unit_of_its_targets_unless_told(write):
 def test_several_labels_are_zeros_and_ones(write):
     module = ready(regression(write), ["odd", "half"], task="multilabel", drop=["y"])
     assert (module.num_classes, module.class_names, module.input_shape) == (2, ["odd", "half"], (1,))
+    one = ready(regression(write), "odd", task="multilabel", drop=["y", "half"])
+    assert one.train_set.targets.shape == (36, 1)
     (x, y), *_ = module.test_dataloader()
     mean, std = (values[0] for values in module.statistics)
     numbers = (x[:, 0] * std + mean).round().long()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ff_lightning.heads import GoodnessHead, PooledHead, make_head
+from ff_lightning.heads.pooled import token_means
 from ff_lightning.heads.squared import class_goodness
 from ff_lightning.local.votes import depth_vote, last_vote, log_softmax_vote, mean_vote
 from ff_lightning.losses import LogSumExpLoss, logsumexp_loss
@@ -137,3 +138,63 @@ def test_votes():
     torch.testing.assert_close(depth_vote(g), (1 * g[0] + 2 * g[1] + 3 * g[2]) / 6)
     probabilities = g.softmax(-1)
     torch.testing.assert_close(log_softmax_vote(g), probabilities.prod(0).log() / 3)
+
+
+HEADS = {
+    "pooled": PooledHead,
+    "pooled, with a layer": partial(PooledHead, width=6, kernel_size=3),
+    "paper": partial(GoodnessHead, depth=0),
+    "deep": GoodnessHead,
+    "wide kernels": partial(GoodnessHead, kernel_size=3, depth=0),
+}
+
+
+@pytest.mark.parametrize("size", [(), (9,), (4, 6), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_have_as_many_axes_as_the_features(head, size):
+    head = make_head(HEADS[head], (8, *size), 5)
+    features = torch.randn(3, 8, *size)
+    assert head(features).shape == (3, 5)
+    moved = features.roll(1, dims=-1)
+    if size:  # the layers and regions lie along the axes: what neighbours what matters, unless all positions are alike
+        same = torch.allclose(head.eval()(features), head(moved), atol=1e-6)
+        assert same == (isinstance(head, GoodnessHead) and head.classes.kernel_size[0] == 1 and len(head.features) == 0)
+
+
+@pytest.mark.parametrize("size", [(), (7,), (3, 4, 5)], ids=str)
+def test_goodness_along_other_axes_is_that_of_all_positions_in_a_row(size):
+    features, weight, bias = torch.randn(2, 3, *size), torch.randn(4, 3), torch.randn(4)
+    kernel = weight[(...,) + (None,) * len(size)]
+    positions = features.flatten(2) if size else features[:, :, None]
+    expected = (torch.einsum("kc,bcn->bkn", weight, positions) + bias[:, None]).square().mean(2)
+    torch.testing.assert_close(class_goodness(features, kernel, bias), expected)
+
+
+LENGTHS = [9, 5, 3, 1]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("head", HEADS)
+def test_padding_changes_nothing_in_a_head(head, training):
+    masked = make_head(HEADS[head], (8, 9), 5, masked=True).train(training)
+    mask = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
+    features = torch.randn(4, 8, 9).masked_fill(~mask[:, None], float("nan")).requires_grad_()
+    goodness = masked(features, mask)
+    if training:  # a batch norm sees all samples at once
+        zeros = features.detach().nan_to_num(7.0).requires_grad_()
+        other = masked(zeros, mask)
+    else:
+        other = torch.cat([masked(features[i : i + 1, :, :n], mask[i : i + 1, :n]) for i, n in enumerate(LENGTHS)])
+    torch.testing.assert_close(goodness, other)
+    goodness.square().sum().backward()
+    assert torch.equal(features.grad.isfinite() & (features.grad != 0), mask[:, None].expand(-1, 8, -1))
+
+
+def test_regions_of_tokens_are_those_of_the_tokens_alone():
+    mask = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
+    features = torch.randn(4, 8, 9)
+    alone = [torch.nn.functional.adaptive_avg_pool1d(features[i : i + 1, :, :n], 4) for i, n in enumerate(LENGTHS)]
+    torch.testing.assert_close(token_means(features, mask, 4), torch.cat(alone))
+    left = mask.flip(1)  # padding before the tokens
+    torch.testing.assert_close(token_means(features.flip(2), left, 4), torch.cat(alone).flip(2))
+    assert token_means(features, torch.zeros_like(mask), 4).eq(0).all()

@@ -11,11 +11,11 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from ff_lightning import SFF, Backprop, data
+from ff_lightning import FF, SFF, Backprop, data
 from ff_lightning.heads import GoodnessHead
 from tests.conftest import small_net
 
-METHODS = [SFF, Backprop]
+METHODS = [SFF, Backprop, FF]
 SHAPE = {"num_classes": 10, "input_shape": (1, 8, 8)}
 
 
@@ -51,12 +51,10 @@ class TestEveryMethod:
         trainer.fit(model, digits)
         assert trainer.global_step == 6
         assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
-        blocks = len(model.unit_names)
+        units = [model.unit_key(k) for k in range(len(model.unit_names))]
         for stage, run in (("val", trainer.validate), ("test", trainer.test)):
             logged = run(model, digits, verbose=False)[0]
-            assert {f"{stage}/block{k:02d}_acc" for k in range(blocks)} | {f"{stage}/acc", f"{stage}/loss"} == set(
-                logged
-            )
+            assert {f"{stage}/{unit}_acc" for unit in units} | {f"{stage}/acc", f"{stage}/loss"} == set(logged)
         scores = torch.cat(trainer.predict(model, digits))
         assert scores.shape == (32, 10)
 
@@ -95,19 +93,29 @@ class TestEveryMethod:
         assert_same(weights(whole), weights(resumed))
 
     def test_same_seed_same_weights(self, method, optimization, make_trainer, digits):
-        runs = [make(method, optimization=optimization) for _ in range(2)]
-        for model in runs:
+        runs = []
+        for _ in range(2):
+            model = make(method, optimization=optimization)  # seeds
             make_trainer().fit(model, digits)
-        assert_same(*map(weights, runs))
+            runs.append(weights(model))
+        assert_same(*runs)
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
-@pytest.mark.parametrize(("granularity", "reach"), [("layer", 1), ("block", 1), ("block", 2)])
-def test_manual_and_automatic_end_in_the_same_weights(granularity, reach, schedule, make_trainer, digits):
+@pytest.mark.parametrize(
+    ("granularity", "reach", "own_loss"),
+    [("layer", 1, 1.0), ("block", 1, 1.0), ("block", 2, 1.0), ("block", 0.95, 0.3)],
+)
+def test_manual_and_automatic_end_in_the_same_weights(granularity, reach, own_loss, schedule, make_trainer, digits):
     runs = []
     for optimization in ("manual", "automatic"):
         model = make(
-            granularity=granularity, reach=reach, optimization=optimization, lr_scheduler=schedule, clip_norm=0.5
+            granularity=granularity,
+            reach=reach,
+            own_loss=own_loss,
+            optimization=optimization,
+            lr_scheduler=schedule,
+            clip_norm=0.5,
         )
         make_trainer(max_epochs=3).fit(model, digits)
         runs.append(weights(model))
@@ -372,6 +380,9 @@ def test_a_trainer_flag_that_manual_optimization_refuses_names_its_replacement(f
         ({"clip_norm": 0}, "clip_norm=0"),
         ({"reach": 0}, "reach=0: must be 1 to 3, the number of blocks"),
         ({"reach": 4}, "reach=4: must be 1 to 3, the number of blocks"),
+        ({"reach": 0.0}, "reach=0.0: must be 1 to 3, the number of blocks, or a float above 0 and at most 1.0"),
+        ({"reach": 1.01}, "reach=1.01: must be"),
+        ({"own_loss": 1.1}, "own_loss=1.1: must be at least 0 and at most 1"),
         ({"clip_value": -1.0}, "clip_value=-1.0"),
         ({"clip_norm": 1.0, "clip_value": 1.0}, "clip_norm=1.0 and clip_value=1.0: give one of them"),
         ({"memory_format": "channels_first"}, "memory_format='channels_first'.*'channels_last'"),

@@ -163,7 +163,7 @@ def test_tokens_count_channels_last():
             return self.fc(F.gelu(self.mix(self.patches(x).flatten(2).transpose(1, 2))).mean(1))
 
     blocks = partition(Tokens(), "layer", torch.zeros(1, 3, 16, 16))
-    assert [block.map_shape for block in blocks] == [(12, 16, 1), (20, 16, 1)]
+    assert [block.map_shape for block in blocks] == [(12, 16), (20, 16)]
 
 
 def test_mlp_and_headless_networks():

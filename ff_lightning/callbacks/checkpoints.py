@@ -3,14 +3,17 @@
 import itertools
 import signal
 import threading
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from ff_lightning.tasks import Task
 from ff_lightning.training.lightning_private import cluster_environment
@@ -43,7 +46,8 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``, from which a run goes on; Ctrl-C and SIGTERM write it at the end of the running batch.
 
-    On several processes all stop after the same batch, whichever of them got the signal. The signal by which SLURM
+    On several processes all stop after the same batch, whichever of them got the signal: the one after that in which it
+    came, since nobody waits for the others after each batch. The signal by which SLURM
     announces the end of a job (`SLURMEnvironment`, SIGUSR1 by default) waits for the end of the batch too, and
     Lightning then saves and requeues. A second Ctrl-C stops at once: it leaves the checkpoint that was there before, as
     does an error, such as a loss that is not finite. After the run, the signals belong to whom they did before.
@@ -62,11 +66,15 @@ class LastCheckpoint(ModelCheckpoint):
         self._received: set[int] = set()
         self._replaced: dict[int, Any] = {}
         self._stop: BaseException | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._sent: tuple[Tensor, dist.Work] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer signals from here on between batches."""
         super().on_train_start(trainer, pl_module)
-        self._received, self._stop = set(), None
+        self._received, self._stop, self._sent = set(), None, None
+        if trainer.world_size > 1:  # of its own, on the CPU: signals wait neither for gradients nor for a device
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         answered: list[int] = [signal.SIGTERM, signal.SIGINT]
         environment = cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
@@ -88,21 +96,39 @@ class LastCheckpoint(ModelCheckpoint):
         """Write the checkpoint when it is due, and stop if any process was asked to; the last batch waits."""
         if not trainer.is_last_batch:  # after it comes the validation that belongs to this epoch
             super().on_train_batch_end(trainer, pl_module, *args)
-            self._answer(trainer)
+            self._answer(trainer, self._arrived())
+            self._send()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint, and stop if any process was asked to."""
         self._write_if_due(trainer)
-        self._answer(trainer)
+        arrived = self._arrived()
+        self._send()
+        self._answer(trainer, [*arrived, *self._arrived()])
 
-    def _answer(self, trainer: Trainer) -> None:
-        """Do what the signals that came to any process ask for."""
-        numbers = list(self._replaced)
-        came = torch.tensor([number in self._received for number in numbers], dtype=torch.float32)
-        if trainer.world_size > 1:
-            came = trainer.strategy.reduce(came.to(trainer.strategy.root_device), reduce_op="max").cpu()
-        self._received.clear()
-        for number in itertools.compress(numbers, came.tolist()):
+    def _send(self) -> None:
+        """Tell the other processes which signals came to this one, without a wait."""
+        if self._group is not None:
+            came = torch.tensor([number in self._received for number in self._replaced], dtype=torch.uint8)
+            work = dist.all_reduce(came, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            self._sent = came, work
+            self._received.clear()
+
+    def _arrived(self) -> list[int]:
+        """The signals that came to any process before the last `_send`; of a single process, those so far."""
+        if self._group is None:
+            numbers = [number for number in self._replaced if number in self._received]
+            self._received.clear()
+            return numbers
+        if self._sent is None:
+            return []
+        (came, work), self._sent = self._sent, None
+        work.wait()
+        return list(itertools.compress(self._replaced, came.tolist()))
+
+    def _answer(self, trainer: Trainer, numbers: Sequence[int]) -> None:
+        """Do what signals ask for."""
+        for number in numbers:
             if number == signal.SIGINT:
                 self._stop = KeyboardInterrupt()
             elif number == signal.SIGTERM:
@@ -139,7 +165,7 @@ class LastCheckpoint(ModelCheckpoint):
         for number, handler in self._replaced.items():
             if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
-        self._replaced, self._stop = {}, None
+        self._replaced, self._stop, self._sent, self._group = {}, None, None, None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hand on a signal that came after the last batch: all is written, and Lightning has given its own back too."""

@@ -9,25 +9,34 @@ from rich.markup import escape
 from rich.table import Table
 
 from ff_lightning.local.net import LocalNet
+from ff_lightning.local.windows import Windows, spans
 
 
 class BlockTable(Callback):
-    """Prints what each block is before training, and how accurate each block and the vote are after fit and test."""
+    """Prints what blocks and windows are before training, and how accurate each block and the vote are after it."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the blocks."""
+        """Print the blocks, and the windows where they are longer than a block."""
         net = getattr(pl_module, "net", None)
         if not trainer.is_global_zero or not isinstance(net, LocalNet):
             return
         table = Table(title=f"{len(net.blocks)} blocks, each with a local loss")
-        for column in ("block", "module", "features", "parameters", "of its head", "kept / image"):
+        for column in ("block", "module", "features", "parameters", "of its head", "kept / sample"):
             table.add_column(column, justify="left" if column in ("block", "module") else "right")
         for k, (block, objective) in enumerate(zip(cast(Any, net.blocks), net.objectives, strict=True)):
             shape = " x ".join(map(str, block.map_shape))
             sizes = f"{_size(block):,}", f"{_size(objective):,}", f"{block.saved_bytes / 1024:,.0f} KiB"
             name = block.name if k in net.trained else f"{block.name} (held)"
             table.add_row(f"{k:02d}", escape(name), shape, *sizes)
+        table.add_section()
+        kept, backprop = (f"{size / 1024:,.0f} KiB" if size else "" for size in kept_per_image(net))
+        both = _size(net.blocks), _size(net.objectives)
+        table.add_row("all", "at most", "", *(f"{size:,}" for size in both), kept, style="bold")
+        if backprop:
+            table.add_row("", "backprop", "", "", "", backprop)
         Console().print(table)
+        if net.windows.kept is not None:
+            Console().print(_windows(net.windows))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the accuracies of the last validation, and where the checkpoints are."""
@@ -63,12 +72,48 @@ class BlockTable(Callback):
         table.add_column("%" if in_percent else name, justify="right")
         shown = (lambda value: f"{100 * float(value):.2f}") if in_percent else (lambda value: f"{float(value):.4g}")
         for k, unit in enumerate(learner.unit_names):
-            key = f"{stage}/block{k:02d}_{name}"
+            key = f"{stage}/{learner.unit_key(k)}_{name}"
             if key in logged:
                 table.add_row(f"{k:02d}", escape(unit), shown(logged[key]))
         table.add_section()
         table.add_row("all", "vote", shown(logged[f"{stage}/{name}"]), style="bold")
         Console().print(table)
+
+
+class LogShortEpochs(Callback):
+    """Logs at least once in an epoch that is shorter than the interval of the Trainer (50 steps by default)."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shorten the interval."""
+        of_trainer = cast(Any, trainer)
+        of_trainer.log_every_n_steps = max(1, min(of_trainer.log_every_n_steps, int(trainer.num_training_batches)))
+
+
+def kept_per_image(net: LocalNet) -> tuple[int, int]:
+    """Bytes that autograd keeps at most for one image in training: with local losses, and by backpropagation.
+
+    Heads are in the first figure; parameters and the loss itself do not count. Backpropagation is that of the blocks as
+    they are, without norms between them and without a classifier. Networks that run by hooks are not counted: (0, 0).
+    """
+    if net.hooked is not None:
+        return 0, 0
+    kept = net.windows.kept or net.kept()
+    most = max(kept.share(first, last) for ends in net.windows.placements for first, last in spans(ends))
+    return round(most * kept.backprop), kept.backprop
+
+
+def _windows(windows: Windows) -> Table:
+    """The placements of the windows, in the order in which they take turns, and what they keep."""
+    table = Table(title=f"windows of reach={windows.reach}")
+    for column in ("batch", "blocks: share of what backprop keeps", "most"):
+        table.add_column(column, justify="left" if column.startswith("blocks") else "right")
+    for number, ends in enumerate(windows.placements):
+        shares = windows.shares(ends)
+        texts = [
+            f"{a}: {s:.2f}" if a == b else f"{a}-{b}: {s:.2f}" for (a, b), s in zip(spans(ends), shares, strict=True)
+        ]
+        table.add_row(str(number), "  ".join(texts), f"{max(shares):.2f}")
+    return table
 
 
 def _size(module: Any) -> int:

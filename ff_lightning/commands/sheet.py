@@ -91,8 +91,13 @@ def contact_sheet(data: ImageData, rows: int = 4, columns: int = 8, zoom_to: int
             break
     x, y = (torch.cat(parts)[: rows * columns] for parts in zip(*batches, strict=True))
     mean, std = (torch.tensor(s).view(1, -1, 1, 1) for s in data.statistics)
-    zoom = max(1, -(-zoom_to // x.shape[-1]))
-    images = (x * std + mean).clamp(0, 1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    zoom = max(1, -(-zoom_to // data.image_shape[-1]))
+    images = (
+        (x.reshape(-1, *data.image_shape) * std + mean)
+        .clamp(0, 1)
+        .repeat_interleave(zoom, 2)
+        .repeat_interleave(zoom, 3)
+    )
     images = torch.nn.functional.pad(images, (0, 0, 0, TEXT), value=1)
     sheet = to_pil_image(make_grid(images, columns, GAP, pad_value=1))
     height, width = (side + GAP for side in images.shape[-2:])

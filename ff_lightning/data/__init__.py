@@ -11,6 +11,7 @@ from ff_lightning.data.images.small import MNIST, STL10, SVHN, FashionMNIST
 from ff_lightning.data.images.tiny import TinyImageNet
 from ff_lightning.data.signals import Signals
 from ff_lightning.data.tabular import BreastCancer, Diabetes, Tabular
+from ff_lightning.data.text import Text
 
 __all__ = [
     "CIFAR10",
@@ -32,5 +33,6 @@ __all__ = [
     "OxfordPets",
     "Signals",
     "Tabular",
+    "Text",
     "TinyImageNet",
 ]

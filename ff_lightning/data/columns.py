@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ff_lightning.data.listing import first_five
 from ff_lightning.data.memory import Samples, deviations
+from ff_lightning.data.records import Records
+from ff_lightning.data.splits import Targets
 from ff_lightning.util.arguments import shown
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,52 @@ def numbers_of(column: Column, place: Callable[[int], str]) -> Column:
         except (ValueError, TypeError, OverflowError):
             raise ValueError(f"{place(row)}: {shown(value)} is not a finite number") from None
     return found
+
+
+def targets_of(records: Records, target: list[str] | str, task: str) -> tuple[Targets, list[str] | None]:
+    """The targets of a table: names of classes (N,), labels (N, K), or numbers (N,) of a column and (N, K) of several.
+
+    Returns:
+        The targets, names as text, others float32; and the columns, where they are outputs.
+
+    Raises:
+        ValueError: If a column is missing or there is no name, number, 0 or 1 in a row of it.
+    """
+    if isinstance(target, str) and task != "multilabel":
+        return _target(records, target, task), None if task == "classification" else [target]
+    target = [target] if isinstance(target, str) else target
+    if task == "classification" or not target or not all(isinstance(name, str) for name in target):
+        allowed = "the name of a column" if task == "classification" else "a name or names of columns"
+        raise ValueError(f"target={shown(target)}: must be {allowed} for task={task!r}")
+    return np.stack([_target(records, name, task) for name in target], 1), target
+
+
+def _target(records: Records, name: str, task: str) -> Targets:
+    column = records.column("target", name)
+
+    def place(row: int) -> str:
+        return f"{records.path}, {records.unit} {records.lines[row]}, column {name!r}"
+
+    for row, value in enumerate(column):
+        a_name = task == "classification" and isinstance(value, str)  # a class may be called none
+        if not value.strip() if a_name else is_missing(value):
+            raise ValueError(f"{place(row)}: there is no target")
+    if task == "classification":
+        names = np.array([as_name(value) for value in column], object)
+        different = set(names)
+        if len(different) > 20 and 3 * len(different) > len(names) and all(map(is_number, different)):
+            raise ValueError(
+                f"{records.path}, column {name!r}: holds {len(different)} different numbers, too many to be classes of "
+                f"{len(names)} rows: is it task='regression'?"
+            )
+        return names
+    if task == "multilabel":
+        column = np.array([{"true": 1, "false": 0}.get(str(value).strip().lower(), value) for value in column], object)
+    numbers = numbers_of(column, place).astype(np.float32)
+    wrong = np.flatnonzero((numbers != 0) & (numbers != 1))
+    if task == "multilabel" and len(wrong):
+        raise ValueError(f"{place(wrong[0])}: must be 0 or 1, it is {shown(column[wrong[0]])}")
+    return numbers
 
 
 class TableEncoder:

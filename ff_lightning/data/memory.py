@@ -11,7 +11,7 @@ Shapes: N samples of a file, K classes, labels or outputs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -36,6 +36,7 @@ class Samples:
         path: The file or folder.
         rows: Where each of them is, (N,): its line in the file, its number, or the path of a file of its own.
         unit: What `rows` counts.
+        outputs: Names of the K outputs, where targets are no classes; None: they have numbers.
     """
 
     inputs: Any
@@ -43,6 +44,7 @@ class Samples:
     path: str
     rows: np.ndarray[Any, Any]
     unit: str = "line"
+    outputs: Sequence[str] | None = None
 
     def take(self, numbers: Numbers) -> "Samples":
         """The samples of these numbers."""
@@ -50,7 +52,7 @@ class Samples:
             inputs: Any = {name: column[numbers] for name, column in self.inputs.items()}
         else:
             inputs = self.inputs[numbers]
-        return Samples(inputs, self.targets[numbers], self.path, self.rows[numbers], self.unit)
+        return replace(self, inputs=inputs, targets=self.targets[numbers], rows=self.rows[numbers])
 
     def place(self, number: int) -> str:
         """Where a sample is, for a message."""
@@ -95,7 +97,7 @@ class MemoryData(DataModule):
         train, val, self._test = self.read("train"), self.read("val"), None
         if not self.has_test:
             train, self._test = self._cut_test(train)
-        self.class_names = self._names = self.names_of(train)
+        self.class_names = self._names = self._names_of(train)
         self._shape = train.targets.shape[1:]
         self._train, self._val = self._numbered(train), None if val is None else self._numbered(val)
         super().__init__(**kwargs)
@@ -115,12 +117,6 @@ class MemoryData(DataModule):
     def read(self, split: str) -> Any:
         """The `Samples` of ``"train"``, ``"val"`` or ``"test"``; None where there is nothing for a split."""
         raise NotImplementedError(f"{type(self).__name__} must implement read")
-
-    def names_of(self, samples: Samples) -> Sequence[str]:
-        """Names of the classes of the training samples, or of their outputs: numbers, where these have none."""
-        if self.task == "classification":
-            return class_names_of(samples)
-        return [str(output) for output in range(samples.targets[:1].size)]
 
     def make_encoder(self) -> Any:
         """An `Encoder`."""
@@ -157,6 +153,12 @@ class MemoryData(DataModule):
         rest, test = split_off(everything, strata, self.test_fraction, 0, argument)
         return samples.take(rest), samples.take(test)
 
+    def _names_of(self, samples: Samples) -> Sequence[str]:
+        """Names of the classes of the training samples, or of their outputs."""
+        if self.task == "classification":
+            return class_names_of(samples)
+        return samples.outputs or [str(output) for output in range(samples.targets[:1].size)]
+
     def _numbered(self, samples: Samples) -> Samples:
         """The samples with the numbers of their classes, if they have classes."""
         if samples.targets.shape[1:] != self._shape:
@@ -173,7 +175,7 @@ class MemoryData(DataModule):
                     f"{first_five(self._names)}"
                 )
         targets = np.array([numbers[name] for name in samples.targets], np.int64)
-        return Samples(samples.inputs, targets, samples.path, samples.rows, samples.unit)
+        return replace(samples, targets=targets)
 
 
 class FileData(MemoryData):
@@ -191,6 +193,9 @@ class FileData(MemoryData):
         kwargs: batch_size, val_fraction, seed, samples_per_class, subset, val_from, classes; see `DataModule`.
     """
 
+    tasks: tuple[str, ...] = get_args(Task)
+    """What `task` may be."""
+
     def __init__(
         self,
         train: str,
@@ -203,7 +208,7 @@ class FileData(MemoryData):
     ) -> None:
         for name, path in (("train", train), ("val", val), ("test", test)):
             check_path(name, path, optional=name != "train")
-        check_choice("task", task, get_args(Task))
+        check_choice("task", task, self.tasks)
         check_switch("standardise_target", standardise_target)
         if standardise_target and task != "regression":
             raise ValueError(f"standardise_target=True is for task='regression', the task is {task!r}")

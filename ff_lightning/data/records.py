@@ -65,6 +65,7 @@ def read_records(path: str, delimiter: str | None = None) -> Records:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ModuleNotFoundError: If it is parquet, and pandas or pyarrow is not there.
         OSError: If it cannot be read.
         ValueError: If it is not what its name says, or holds no row.
     """
@@ -194,9 +195,9 @@ def _read_parquet(path: str) -> Records:
 
         frame = pd.read_parquet(Path(path).expanduser())
     except ImportError as error:
-        raise ImportError(f"{path}: to read parquet needs pandas and pyarrow: pip install ff-lightning[parquet]") from (
-            error
-        )
+        raise ModuleNotFoundError(
+            f"{path}: to read parquet needs pandas and pyarrow: pip install ff-lightning[parquet]"
+        ) from error
     except Exception as error:  # whatever a damaged file leads to
         raise OSError(f"{path}: the file cannot be read: {error}") from error
     columns = {}

@@ -122,7 +122,7 @@ class Signals(FileData):
                     f"{printable(file)}: has a sample rate of {rate} Hz, others have {self.sample_rate}: resample them "
                     "to one rate"
                 )
-        return Samples(signals, np.array(names, object), path, np.array(files, object))
+        return Samples(signals, np.array(names, object), path, np.array([printable(file) for file in files], object))
 
 
 def read_wav(path: str) -> tuple[int, Signal]:

@@ -1,18 +1,17 @@
 """Tables: rows of numbers and categories become vectors (F,)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_breast_cancer, load_diabetes
 
-from ff_lightning.data.columns import OnMissing, TableEncoder, as_name, is_missing, is_number, numbers_of
+from ff_lightning.data.columns import OnMissing, TableEncoder, targets_of
 from ff_lightning.data.listing import first_five
 from ff_lightning.data.memory import FileData, MemoryData, Samples
-from ff_lightning.data.records import Records, read_records
+from ff_lightning.data.records import read_records
 from ff_lightning.data.splits import Targets
 from ff_lightning.training.plain import to_plain
-from ff_lightning.util.arguments import check_choice, check_switch, shown
+from ff_lightning.util.arguments import check_choice, check_delimiter, check_switch, shown
 
 
 class Tabular(FileData):
@@ -52,8 +51,7 @@ class Tabular(FileData):
         for name, given in (("categorical", categorical), ("drop", drop)):
             if given is not None and (isinstance(given, str) or not all(isinstance(column, str) for column in given)):
                 raise ValueError(f"{name}={shown(given)}: must be a list of names of columns, or None")
-        if delimiter is not None and not (isinstance(delimiter, str) and len(delimiter) == 1):
-            raise ValueError(f"delimiter={delimiter!r}: must be one character, or None")
+        check_delimiter(delimiter)
         self.target, self.delimiter = target, delimiter
         self.categorical, self.drop, self.on_missing = categorical or [], drop or [], on_missing
         self._columns: list[str] = []
@@ -62,7 +60,7 @@ class Tabular(FileData):
     def read_file(self, path: str) -> Samples:
         """The rows of a table; those of the first are asked for the names of the columns."""
         records = read_records(path, self.delimiter)
-        targets = targets_of(records, self.target, self.task)
+        targets, outputs = targets_of(records, self.target, self.task)
         if not self._columns:
             for name in self.categorical:
                 records.column("categorical", name)
@@ -76,13 +74,7 @@ class Tabular(FileData):
         if missing:
             raise ValueError(f"{path}: has no column {first_five(missing)}, which the training samples have")
         inputs = {name: records.columns[name] for name in self._columns}
-        return Samples(inputs, targets, records.path, records.lines, records.unit)
-
-    def names_of(self, samples: Samples) -> Sequence[str]:
-        """Names of the classes, or of the columns of the target."""
-        if self.task == "classification":
-            return super().names_of(samples)
-        return [self.target] if isinstance(self.target, str) else self.target
+        return Samples(inputs, targets, records.path, records.lines, records.unit, outputs)
 
     def make_encoder(self) -> TableEncoder:
         """Of numbers and categories."""
@@ -142,62 +134,18 @@ class Diabetes(MemoryData):
         self.standardise_target = standardise_target
         super().__init__(**kwargs)
 
-    def names_of(self, samples: Samples) -> Sequence[str]:
-        """What the target is."""
-        return ["progression"]
-
     def read(self, split: str) -> Samples | None:
         """The table."""
         table = load_diabetes(scaled=False)
-        return _embedded("diabetes", table, table.target.astype(np.float32)) if split == "train" else None
+        targets = table.target.astype(np.float32)
+        return _embedded("diabetes", table, targets, ["progression"]) if split == "train" else None
 
     def make_encoder(self) -> TableEncoder:
         """Of numbers."""
         return TableEncoder()
 
 
-def _embedded(name: str, table: Any, targets: Targets) -> Samples:
+def _embedded(name: str, table: Any, targets: Targets, outputs: list[str] | None = None) -> Samples:
     """A table of scikit-learn."""
     inputs = {str(column): table.data[:, i] for i, column in enumerate(table.feature_names)}
-    return Samples(inputs, targets, name, np.arange(1, len(targets) + 1), "row")
-
-
-def targets_of(records: Records, target: list[str] | str, task: str) -> Targets:
-    """The targets of a table: names of classes (N,), or float32 (N,) for one column and (N, K) for several.
-
-    Raises:
-        ValueError: If a column is missing or there is no name, number, 0 or 1 in a row of it.
-    """
-    if isinstance(target, str):
-        return _target(records, target, task)
-    if task == "classification" or not target or not all(isinstance(name, str) for name in target):
-        allowed = "the name of a column" if task == "classification" else "a name or names of columns"
-        raise ValueError(f"target={shown(target)}: must be {allowed} for task={task!r}")
-    return np.stack([_target(records, name, task) for name in target], 1)
-
-
-def _target(records: Records, name: str, task: str) -> Targets:
-    column = records.column("target", name)
-
-    def place(row: int) -> str:
-        return f"{records.path}, {records.unit} {records.lines[row]}, column {name!r}"
-
-    for row, value in enumerate(column):
-        if is_missing(value):
-            raise ValueError(f"{place(row)}: there is no target")
-    if task == "classification":
-        names = np.array([as_name(value) for value in column], object)
-        different = set(names)
-        if len(different) > 20 and 3 * len(different) > len(names) and all(map(is_number, different)):
-            raise ValueError(
-                f"{records.path}, column {name!r}: holds {len(different)} different numbers, too many to be classes of "
-                f"{len(names)} rows: is it task='regression'?"
-            )
-        return names
-    if task == "multilabel":
-        column = np.array([{"true": 1, "false": 0}.get(str(value).strip().lower(), value) for value in column], object)
-    numbers = numbers_of(column, place).astype(np.float32)
-    wrong = np.flatnonzero((numbers != 0) & (numbers != 1))
-    if task == "multilabel" and len(wrong):
-        raise ValueError(f"{place(wrong[0])}: must be 0 or 1, it is {shown(column[wrong[0]])}")
-    return numbers
+    return Samples(inputs, targets, name, np.arange(1, len(targets) + 1), "row", outputs)

@@ -1,35 +1,38 @@
 """Class kernels over the regions of a map: heads that cost next to nothing.
 
-Shapes: B batch, C channels, H x W positions, K classes.
+Shapes: B batch, C channels, H x W or T positions, K classes.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ff_lightning.heads.layers import check_head_sizes, convolution
-from ff_lightning.util.arguments import check_whole, is_whole, shown
+from ff_lightning.heads.layers import check_head_sizes, check_size, hidden_layer, without_padding
+from ff_lightning.util.arguments import check_whole
 
 
 class PooledHead(nn.Module):
     """A head that costs next to nothing: class kernels that cover a whole map, after it was averaged over regions.
 
-    The features are averaged over ``regions x regions`` parts of the map and normalised over all features of an image,
-    and a kernel for each class weighs every channel in every region, behind a layer (convolution, batch norm, ReLU)
+    The features are averaged over ``regions x regions`` parts of the map and normalised over all features of a sample
+    (signals, tokens and volumes have one or three axes, vectors none, and padding among tokens does not count). A
+    kernel for each class weighs every channel in every region, behind a layer (convolution, batch norm, ReLU)
     where that is asked for or makes the head smaller. The goodness of a class is the activity of its kernel, which has
     one position, so that there is nothing to average; it is not squared: evidence against a class counts as well.
 
     Args:
         in_channels: C, channels of the block's features.
         num_classes: K.
-        regions: Along each side of the map. None: 4, or 2 for more than 100 classes: their kernels would else outweigh
-            the network itself.
+        regions: Along each side of the map. None: 4, or 2 for more than 100 classes or three axes: the kernels would
+            else outweigh the network itself.
         width: Channels of the layer. None: C, 128 at most, where a layer of 3x3 kernels is asked for or a layer leaves
             the head with fewer weights, as it does for many channels and classes; else there is no layer.
         kernel_size: Of the layer, in regions: 1 or 3.
-        size: H x W of the features; where that is less than `regions`, there are fewer. None: it is not less.
+        size: Positions of the features: (), (T,), (H, W) or (D, H, W); where they are fewer than `regions`, so are the
+            regions. None: two axes, of no fewer.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -47,45 +50,48 @@ class PooledHead(nn.Module):
         super().__init__()
         check_head_sizes(in_channels, num_classes, width, kernel_size, (1, 3))
         check_whole("regions", regions, optional=True)
-        regions = regions if regions is not None else 4 if num_classes <= 100 else 2
-        if size is not None and not (
-            isinstance(size, Sequence) and len(size) == 2 and all(is_whole(n) and n for n in size)
-        ):
-            raise ValueError(f"size={shown(size)}: must be (H, W) of the features, or None")
-        rows, columns = size if size is not None else (regions, regions)
-        self.regions = min(regions, rows), min(regions, columns)
-        of_a_channel = self.regions[0] * self.regions[1] * num_classes  # weights of the class kernels
+        check_size(size)
+        axes = 2 if size is None else len(size)
+        regions = regions if regions is not None else 4 if num_classes <= 100 and axes < 3 else 2
+        self.regions = tuple(min(regions, side) for side in size or axes * [regions])
+        count = math.prod(self.regions)
+        of_a_channel = count * num_classes  # weights of the class kernels
         narrow = min(in_channels, 128)
         if width is None and (kernel_size > 1 or narrow * (in_channels + of_a_channel) < in_channels * of_a_channel):
             width = narrow
-        self.features = nn.Sequential(*(convolution(in_channels, width, kernel_size) if width else []))
+        self.features = nn.Sequential(*(hidden_layer(in_channels, width, kernel_size, axes) if width else []))
         # a kernel that covers the whole map is a linear layer, which costs a fraction of the convolution on a CPU
-        self.classes = nn.Linear((width or in_channels) * self.regions[0] * self.regions[1], num_classes)
+        self.classes = nn.Linear((width or in_channels) * count, num_classes)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Goodness of each class.
 
         Args:
-            features: (B, C, H, W), any floating dtype.
+            features: (B, C, H, W), or with another number of axes, any floating dtype.
+            mask: For tokens (B, C, T): (B, T), bool, false at what is only padding.
 
         Returns:
             (B, K), float32.
         """
-        means = region_means(features, self.regions)
+        means = region_means(features, self.regions) if mask is None else token_means(features, mask, *self.regions)
         activity: Tensor = self.classes(self.features(F.layer_norm(means, means.shape[1:])).flatten(1))
         return activity.float()
 
 
-def region_means(features: Tensor, regions: tuple[int, int]) -> Tensor:
-    """Mean over regions, as `adaptive_avg_pool2d` draws them: (B, C, H, W) -> (B, C, *regions).
+_MEANS: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+
+
+def region_means(features: Tensor, regions: tuple[int, ...]) -> Tensor:
+    """Mean over regions, as `adaptive_avg_pool2d` draws them: (B, C, H, W) -> (B, C, *regions), also of other axes.
 
     On a CPU, half its time or less: large regions are summed line by line, small ones by one matrix product.
     """
-    size = tuple(features.shape[2:])
+    size = tuple(features.shape[2:])  # no plain numbers where a network is traced for any size
     if size == regions:
         return features
-    if features.device.type != "cpu" or not features.is_contiguous():
-        return F.adaptive_avg_pool2d(features, regions)
+    plain = features.is_contiguous() and all(type(side) is int for side in size)
+    if len(regions) != 2 or features.device.type != "cpu" or not plain:
+        return _MEANS[len(regions) - 1](features, regions)
     (lines, no_line), (width, no_column) = (divmod(side, part) for side, part in zip(size, regions, strict=True))
     if width >= 8 and no_line == no_column == 0:
         return features.unflatten(2, (-1, lines)).mean(3).unflatten(3, (-1, width)).mean(4)
@@ -96,3 +102,22 @@ def _shares(size: Sequence[int], regions: Sequence[int]) -> Tensor:
     """The share of each position in the mean over each region, (H W, number of regions)."""
     rows, columns = (F.adaptive_avg_pool1d(torch.eye(side), part) for side, part in zip(size, regions, strict=True))
     return torch.kron(rows, columns)
+
+
+def token_means(features: Tensor, mask: Tensor, regions: int) -> Tensor:
+    """Mean over regions of the tokens that are no padding, as `adaptive_avg_pool1d` draws them for these alone.
+
+    Args:
+        features: (B, C, T).
+        mask: (B, T), bool, false at what is only padding.
+        regions: Their number.
+
+    Returns:
+        (B, C, regions), zeros where a sample has no token at all.
+    """
+    place, count = mask.cumsum(1)[:, :, None] - 1, mask.sum(1)[:, None, None]  # (B, T, 1), (B, 1, 1)
+    region = torch.arange(regions, device=mask.device)
+    starts, ends = region * count // regions, ((region + 1) * count + regions - 1) // regions
+    inside = mask[:, :, None] & (starts <= place) & (place < ends)  # (B, T, regions)
+    shares = inside / inside.sum(1, keepdim=True).clamp(min=1)
+    return without_padding(features, mask) @ shares.to(features.dtype)

@@ -1,44 +1,57 @@
 """The chain of blocks: what a block hands on across its border.
 
-Shapes: B batch, C channels, H x W positions.
+Shapes: B batch, C channels, H x W or T positions.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ff_lightning.partition import Block, State
+from ff_lightning.partition import Block, Hooked, Inputs, State
 from ff_lightning.partition.block import main_output
 from ff_lightning.partition.trace import evaluating
 
 Norm = Literal["layer", "channel", "length", "none"]
 
 
-def normalise(h: Tensor, norm: Norm, channel_dim: int) -> Tensor:
+def norm_for(norm: Norm, inputs: Inputs) -> Norm:
+    """The norm for a kind of input: for tokens layer is channel, so that they do not see each other, nor padding."""
+    return "channel" if norm == "layer" and (inputs.tokens or inputs.mask) else norm
+
+
+def normalise(h: Tensor, norm: Norm, channel_dim: int, mask: Tensor | None = None) -> Tensor:
     """Normalise the output of a block, in its own dtype also where autocast widens a norm.
 
     Args:
         h: (B, ...), floating.
         norm: See `ff_lightning.LocalNet`.
         channel_dim: The dimension that counts channels.
+        mask: For tokens (B, T, C) or (B, C, T): (B, T), bool, false at what is only padding and has no part in length.
 
     Returns:
         The same shape and dtype.
     """
-    if norm == "layer":
-        return F.group_norm(h, 1).to(h.dtype)  # one group: a layer norm, in a third of the time on a CPU
     if norm == "channel":
         return F.layer_norm(h.movedim(channel_dim, -1), (h.shape[channel_dim],)).movedim(-1, channel_dim).to(h.dtype)
+    if norm == "layer":
+        return F.group_norm(h, 1).to(h.dtype)  # one group: a layer norm, in a third of the time on a CPU
+    if norm == "length" and mask is not None:
+        x = h.to(torch.promote_types(h.dtype, torch.float32)).masked_fill(~mask.unsqueeze(channel_dim), 0)
+        count = mask.sum(1).clamp(min=1)[:, None, None] * h.shape[channel_dim]
+        mean_square = x.square().sum((1, 2), keepdim=True) / count
+        return (x * torch.rsqrt(mean_square + torch.finfo(h.dtype).eps)).to(h.dtype)
     if norm == "length":
         return F.rms_norm(h, h.shape[1:]).to(h.dtype)
     return h
 
 
 def run_block(
-    number: int, block: Block, state: State, norm: Norm, detach: bool, for_head: bool
+    number: int, block: Block, state: State, norm: Norm, detach: bool, for_head: bool, mask: Tensor | None = None
 ) -> tuple[State, Tensor]:
     """Run a block.
 
@@ -49,6 +62,7 @@ def run_block(
         norm: Between the blocks.
         detach: Whether the border behind the block is closed for gradients.
         for_head: Whether the output is asked for as the head sees it: as it is.
+        mask: Of the positions (B, T) of its output, bool, false at what is only padding.
 
     Returns:
         What the next block sees, and the output with its graph, as a map (B, C, H, W); normalised unless for a head.
@@ -58,22 +72,90 @@ def run_block(
     """
     try:
         out = block(state)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # an id that an embedding does not have
         raise ValueError(f"block {number} ({block.name}), batch of {len(main_output(state))}: {error}") from error
     rest = out[1:] if isinstance(out, tuple) else ()
-    main = main_output(out)
-    if for_head:
-        features, outside = main, normalise(main.detach() if detach else main, norm, block.channel_dim)
-    else:
-        features = normalise(main, norm, block.channel_dim)
-        outside = features.detach() if detach else features
+    outside, features = hand_on(block, main_output(out), norm, detach, for_head, mask)
     if detach:
         rest = tuple(map(_detach, rest))
-    return (outside, *rest) if rest else outside, block.to_map(features)
+    return (outside, *rest) if rest else outside, features
+
+
+def hand_on(
+    block: Block, output: Tensor, norm: Norm, detach: bool, for_head: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the next block sees of the output of a block, and the output as it is asked for; see `run_block`."""
+    if for_head:
+        features = output
+        outside = normalise(output.detach() if detach else output, norm, block.channel_dim, mask)
+    else:
+        features = normalise(output, norm, block.channel_dim, mask)
+        outside = features.detach() if detach else features
+    return outside, block.to_map(features)
 
 
 def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The blocks of a network one after the other, and what is made of each."""
+
+    blocks: Sequence[Block]
+    of_block: Callable[[int, Tensor, Tensor | None], Tensor]
+    """Is given the number of a block, its features and their mask, in the mode of the block."""
+    norm: Norm
+    for_head: bool
+    """Whether the features are as they are; else they are normalised."""
+    masks: Sequence[Tensor | None]
+    """Of the positions of each block."""
+    mode: Callable[[int], AbstractContextManager[None]]
+    """The mode of each block."""
+
+    def run(self, state: State, borders: Container[int]) -> Generator[Tensor, Tensor | None, None]:
+        """Results of one block after the other; the next block runs when its result is asked for.
+
+        Where a mask of the samples (B,) is sent to it, the others do not go on to the next block.
+
+        Args:
+            state: What enters the first block.
+            borders: The blocks whose output is handed on detached.
+        """
+        masks = self.masks
+        for k, block in enumerate(self.blocks):
+            with self.mode(k):
+                state, features = run_block(k, block, state, self.norm, k in borders, self.for_head, masks[k])
+                result = self.of_block(k, features, masks[k])
+            del features  # neither the output of this block nor its loss is to be alive while the next one runs
+            stay = yield result
+            del result
+            if stay is not None:
+                state = _narrowed(state, stay)
+                masks = [mask if mask is None else mask[stay] for mask in masks]
+
+    def run_hooked(self, hooked: Hooked, call: Callable[[], Any]) -> Iterator[Tensor]:
+        """The same of blocks that run as parts of their network's own forward: all of them, and then the results."""
+        results: list[Tensor] = []
+
+        def visit(k: int, output: Tensor) -> Tensor:
+            outside, features = hand_on(self.blocks[k], output, self.norm, True, self.for_head, self.masks[k])
+            results.append(self.of_block(k, features, self.masks[k]))
+            return outside
+
+        try:
+            hooked.run(call, visit, len(self.blocks), mode=self.mode)
+        except IndexError as error:  # an id that an embedding does not have
+            raise ValueError(f"{type(hooked.model).__name__}: {error}") from error
+        yield from results
+
+
+def _narrowed(state: State, stay: Tensor) -> State:
+    """The state of some of the samples; what crosses a border besides its main output may belong to no sample."""
+    if isinstance(state, Tensor):
+        return state[stay]
+    of_samples = (isinstance(part, Tensor) and part.ndim > 0 and len(part) == len(stay) for part in state)
+    return tuple(part[stay] if is_one else part for part, is_one in zip(state, of_samples, strict=True))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Objectives: what a single block is trained to do, and how it answers.
 
-Shapes: B batch, C channels, H x W positions, K classes.
+Shapes: B batch, C channels, H x W or T positions, K classes.
 """
 
 import copy
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ff_lightning.heads.factory import takes_mask, with_mask
+from ff_lightning.heads.layers import convolution, position_means, without_padding
 from ff_lightning.losses import LogSumExpLoss, similarity_loss, supervised_contrastive_loss
 from ff_lightning.util.arguments import check_choice, check_number, check_whole, shown
 
@@ -26,17 +28,20 @@ class Place(NamedTuple):
     name: str
     """Of the block."""
     shape: tuple[int, ...]
-    """(C, H, W) of its features."""
+    """Of its features: (C, H, W), or with another number of axes."""
     num_classes: int
     """K."""
     make_head: Callable[[], nn.Module]
     """Makes the head that was asked for: features (B, C, H, W) -> scores (B, K)."""
+    masked: bool = False
+    """Whether there may be padding among its positions, as among tokens."""
 
 
 class Objective(nn.Module):
     """The local loss of a block. Its parameters are trained with the block, its buffers go into checkpoints.
 
-    A subclass gives `loss` and `forward`.
+    A subclass gives `loss` and `forward`. Features of tokens are zeros at padding; `forward` and `loss_and_scores` are
+    given the mask, (B, T), bool and false there, and the features as they are, if they have a parameter `mask`.
     """
 
     def loss(self, features: Tensor, target: Tensor) -> Tensor:
@@ -72,14 +77,17 @@ class HeadObjective(Objective):
         super().__init__()
         self.head = head
         self.criterion = criterion
+        self._takes_mask = takes_mask(head.forward)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scores of the head, (B, K)."""
-        return self.head(features)
+        return with_mask(self.head, self._takes_mask, features, mask)
 
-    def loss_and_scores(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    def loss_and_scores(
+        self, features: Tensor, target: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The criterion of the scores, and the scores."""
-        scores = self.head(features)
+        scores = self(features, mask)
         return self.criterion(scores, target), scores
 
 
@@ -105,15 +113,18 @@ class SimilarityObjective(HeadObjective):
         super().__init__(place.make_head(), LogSumExpLoss())
         channels = place.shape[0]
         is_vector = all(side == 1 for side in place.shape[1:])
-        self.similarity = nn.Conv2d(channels, channels, 1 if is_vector else 3, padding=0 if is_vector else 1)
+        self.similarity = convolution(channels, channels, 1 if is_vector else 3, len(place.shape) - 1, bias=True)
         self.prediction = prediction
         self.num_classes = place.num_classes
 
-    def loss_and_scores(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    def loss_and_scores(
+        self, features: Tensor, target: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The weighted sum of both losses, and the scores."""
-        scores = self.head(features if self.prediction else features.detach())
+        scores = self(features if self.prediction else features.detach(), mask)
         predicted = self.criterion(scores, target)
-        similar = similarity_loss(self.similarity(features), target, self.num_classes)
+        features = features if mask is None else without_padding(features, mask)
+        similar = similarity_loss(self.similarity(features), target, self.num_classes, mask)
         return (1 - self.prediction) * similar + (self.prediction or 1.0) * predicted, scores
 
 
@@ -138,10 +149,12 @@ class ContrastiveObjective(HeadObjective):
         self.projection = nn.Linear(place.shape[0], width)
         self.temperature = temperature
 
-    def loss_and_scores(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    def loss_and_scores(
+        self, features: Tensor, target: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The contrastive loss of the block, plus the loss of the head, which stays in the head; and the scores."""
-        scores = self.head(features.detach())
-        projected = F.normalize(self.projection(features.flatten(2).mean(2)), dim=1)
+        scores = self(features.detach(), mask)
+        projected = F.normalize(self.projection(position_means(features, mask)), dim=1)
         own = supervised_contrastive_loss(projected, target, self.temperature)
         return own + self.criterion(scores, target), scores
 

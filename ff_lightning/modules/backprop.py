@@ -1,17 +1,18 @@
 """Ordinary backpropagation: the baseline, as a network that is a single unit."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
-import torch
 from torch import Tensor, nn
 
 from ff_lightning.backbones import Stem
-from ff_lightning.local.chain import Norm, normalise
+from ff_lightning.heads.layers import position_means
+from ff_lightning.local.chain import Norm, norm_for, run_block
 from ff_lightning.local.updates import Update
 from ff_lightning.modules.base import LocalLearner
-from ff_lightning.partition import Block, Granularity, State, partition
-from ff_lightning.partition.block import main_output
+from ff_lightning.partition import Block, Example, Granularity, Inputs, State, partition
+from ff_lightning.partition.inputs import make_example
 from ff_lightning.training.matching import classes_of_classifier
 from ff_lightning.util.arguments import check_choice, check_granularity, check_number, check_switch
 
@@ -24,34 +25,37 @@ class NormedBlocks(nn.Module):
         num_classes: K.
         granularity: Where to cut; see `ff_lightning.partition`.
         norm: Between the blocks; see `ff_lightning.LocalNet`.
-        input_shape: (C, H, W) of an image.
+        example: An input batch.
+        inputs: What the model is called with.
     """
 
     def __init__(
-        self, model: nn.Module, num_classes: int, granularity: Granularity, norm: Norm, input_shape: Sequence[int]
+        self, model: nn.Module, num_classes: int, granularity: Granularity, norm: Norm, example: Example, inputs: Inputs
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(partition(model, granularity, torch.zeros(1, *input_shape)))
-        self.norm = norm
+        self.blocks = nn.ModuleList(partition(model, granularity, example))
+        self.norm = norm_for(norm, inputs)
+        self.inputs = inputs
         self.classifier = nn.Linear(cast(Block, self.blocks[-1]).map_shape[0], num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *values: Tensor) -> Tensor:
         """Scores of the classes, (B, C, H, W) -> (B, K)."""
-        state: State = x
-        for block in cast(Iterable[Block], self.blocks):
-            out = block(state)
-            features = normalise(main_output(out), self.norm, block.channel_dim)
-            state = (features, *out[1:]) if isinstance(out, tuple) else features
-        return self.classifier(block.to_map(features).mean((2, 3)))
+        state: State = values if len(values) > 1 else values[0]
+        valid = self.inputs.valid(values)
+        for k, block in enumerate(cast(Iterable[Block], self.blocks)):
+            mask = valid if self.inputs.covers(block.map_shape) else None
+            state, features = run_block(k, block, state, self.norm, detach=False, for_head=False, mask=mask)
+        return self.classifier(position_means(features, mask))
 
 
 class Backprop(LocalLearner):
     """The same backbone and recipe, trained by ordinary backpropagation through the whole network.
 
     Args:
-        backbone: ``"cnn"``, the name of a torchvision model, or any network with K outputs as an `nn.Module`.
+        backbone: ``"cnn"``, ``"mlp"`` (for vectors), ``"signal"``, ``"text"``, the name of a torchvision model, or any
+            network with K outputs as an `nn.Module`.
         num_classes: K. The command line takes it from the data.
-        input_shape: (C, H, W) of an image; None: (3, 32, 32). The command line takes it from the data.
+        input_shape: Of a sample, such as (C, H, W); None: (3, 32, 32). The command line takes it from the data.
         stem: ``"small"`` swaps a strided stem and its max-pooling for a 3x3 convolution: for images of 32 pixels.
         weights: To start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of a
             state dict or checkpoint, whose classifier may be one for other classes.
@@ -86,10 +90,13 @@ class Backprop(LocalLearner):
         check_number("label_smoothing", label_smoothing, least=0, most=1)
         self.criterion = self.task.criterion(label_smoothing)
         self.net = self.build_backbone(backbone, stem, weights)
+        example = make_example(self.net, self.input_shape, self.vocabulary)
+        self.inputs = Inputs.of(self.net, example, self.vocabulary, self.input_shape[0])
         if norm is None:
             self.trained_on = classes_of_classifier(weights, self.num_classes)
         else:
-            self.net = NormedBlocks(self.net, self.num_classes, granularity, norm, self.input_shape)
+            self.net = NormedBlocks(self.net, self.num_classes, granularity, norm, example, self.inputs)
+            self.inputs = replace(self.inputs, by_name=False)
         self.probe = probe
         if probe:
             self.net.requires_grad_(False)
@@ -100,20 +107,23 @@ class Backprop(LocalLearner):
     def local_updates(self, batch: Any) -> Iterator[Update]:
         """The one update of the network."""
         inputs, target = self.inputs_and_target(batch)
-        scores = self.net(*inputs)
+        scores = self._run(inputs)
         loss = self.criterion(scores, target)
         self.report_scores(scores.detach()[None], target)
         yield Update((0,), loss, (loss.detach(),))
 
     def scores(self, *inputs: Any) -> Tensor:
         """The scores of the network, (1, B, K)."""
-        return self.net(*inputs)[None]
+        return self._run(inputs)[None]
+
+    def _run(self, inputs: Any) -> Tensor:
+        return self.inputs.call(self.net, self.inputs.values(inputs))
 
     def representation(self, *inputs: Any) -> Tensor:
         """What enters the last layer, (B, D)."""
         seen: list[Tensor] = []
         with self._last_layer().register_forward_pre_hook(lambda _, args: seen.append(args[0])):
-            self.net(*inputs)
+            self._run(inputs)
         return seen[-1].flatten(1)
 
     def _last_layer(self) -> nn.Module:

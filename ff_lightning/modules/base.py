@@ -14,7 +14,7 @@ Shapes: B batch, K scores, U units.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -28,8 +28,7 @@ from torch.optim import Optimizer
 
 from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.local.updates import Update, deliver
-from ff_lightning.partition import Block
-from ff_lightning.tasks import Task, Unlabelled
+from ff_lightning.tasks import Task, TaskName, Unlabelled
 from ff_lightning.training import checks
 from ff_lightning.training.factories import to_factory, to_task
 from ff_lightning.training.kept import kept
@@ -51,7 +50,9 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
 
     Args:
         num_classes: K, the number of scores: of classes, labels or numbers. The command line takes it from the data.
-        input_shape: (C, H, W) of an image; None: (3, 32, 32). The command line takes it from the data.
+        input_shape: Of a sample: (C, H, W) of an image, (F,) of a vector, (C, T) of a signal, (T,) for the most tokens
+            of a text; None: (3, 32, 32). The command line takes it from the data.
+        vocabulary: Number of token ids, where samples are rows of them. The command line takes it from the data.
         task: ``"Classification"``, ``"MultiLabel"``, ``"Regression"``, ``"Unlabelled"``, or a class of
             `ff_lightning.tasks`. None: classification; the command line takes it from the data.
         metrics: Names of further figures of validation and test, such as ``f1``; see `ff_lightning.tasks`. None: those
@@ -81,11 +82,16 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         ValueError: If an argument is out of its range or not known.
     """
 
+    overlaps_steps = False
+    """Whether, on several processes, a unit may step while the next update is computed: only where no update needs the
+    step of the one before, so that each unit comes once in a batch."""
+
     def __init__(
         self,
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,
-        task: str | Callable[[], Task] | None = None,
+        vocabulary: int | None = None,
+        task: TaskName | Callable[[], Task] | None = None,
         metrics: list[str] | None = None,
         optimizer: OptimizerCallable | None = None,
         lr: float | None = None,
@@ -103,14 +109,15 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         super().__init__()
         check_keywords(type(self), unknown)
         store_arguments(self, without=("weights",))  # where the run began; a checkpoint has weights of its own
-        num_classes, input_shape, lr, lr_decay, clip_norm, clip_value, accumulate = to_plain(
-            (num_classes, input_shape, lr, lr_decay, clip_norm, clip_value, accumulate)
+        num_classes, input_shape, vocabulary, lr, lr_decay, clip_norm, clip_value, accumulate = to_plain(
+            (num_classes, input_shape, vocabulary, lr, lr_decay, clip_norm, clip_value, accumulate)
         )
         self.task = to_task(task)
         checks.check_arguments(
             num_classes,
             self.task,
             input_shape,
+            vocabulary,
             lr,
             lr_decay,
             optimizer,
@@ -127,6 +134,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         self.criterion = None if isinstance(self.task, Unlabelled) else self.task.criterion()
         self.metrics = list(metrics if metrics is not None else self.task.metrics)
         self.input_shape = tuple(input_shape or (3, 32, 32))
+        self.vocabulary = vocabulary
         self.automatic_optimization = optimization == "automatic"
         default = partial(torch.optim.AdamW, fused=True)
         self.make_optimizer = to_factory("optimizer", optimizer, Optimizer) if optimizer else default
@@ -139,7 +147,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         self.accumulate = accumulate
         self.phases = 1
         self._compile = compile
-        self._memory_format = checks.MEMORY_FORMATS[memory_format]
+        self._memory_format = memory_format
         self._units: list[list[nn.Module]] = []
 
     # ------------------------------------------------------------------------------------------------------ of a method
@@ -167,11 +175,10 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         """
         self._units = [list(modules) for modules in units.values()]
         self.unit_names = list(units)
-        self.to(memory_format=self._memory_format)
+        self.to(memory_format=checks.MEMORY_FORMATS[self._memory_format])
         if self._compile:
             for module in (module for modules in self._units for module in modules):
-                # blocks share one forward, and a limit of recompilations with it
-                (module.body if isinstance(module, Block) else module).compile()
+                module.compile()
         self.make_metrics()
 
     @property
@@ -179,11 +186,14 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         """The trainable parameters of each unit."""
         return [[p for module in modules for p in module.parameters() if p.requires_grad] for modules in self._units]
 
-    def build_backbone(self, backbone: str | nn.Module, stem: Stem, weights: str | None) -> nn.Module:
-        """The network itself, or the one of this name for the shape of the images; see `ff_lightning.backbones`."""
+    def build_backbone(
+        self, backbone: str | nn.Module, stem: Stem, weights: str | None, input_shape: Sequence[int] | None = None
+    ) -> nn.Module:
+        """The network itself, or the one of this name for samples of a shape, that of the data; see `backbones`."""
         check_choice("stem", stem, get_args(Stem))
         if isinstance(backbone, str):
-            return build_backbone(backbone, self.num_classes, self.input_shape, stem, weights)
+            shape = input_shape or self.input_shape
+            return build_backbone(backbone, self.num_classes, shape, stem, weights, self.vocabulary)
         if isinstance(backbone, Mapping):
             backbone = cast(nn.Module, to_factory("backbone", backbone, nn.Module)())
         check_network("backbone", backbone, "the name of a network or ")
@@ -253,6 +263,10 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
             if any(state.untyped_storage().data_ptr() == storage for state in own):
                 return k
         return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The model alone: what belongs to a run is not copied with it."""
+        return {**super().__getstate__(), "stepper": None}
 
     def configure_callbacks(self) -> list[Any]:
         """Answer the Trainer flags that manual optimization cannot serve, before Lightning refuses them."""

@@ -25,9 +25,10 @@ class SFF(LocalLearner):
     and axes of the norm are not given there: they are our choice.
 
     Args:
-        backbone: ``"cnn"``, the name of a torchvision model, or any network as an `nn.Module`.
+        backbone: ``"cnn"``, ``"mlp"`` (for vectors), ``"signal"``, ``"text"``, the name of a torchvision model, or any
+            network as an `nn.Module`.
         num_classes: K. The command line takes it from the data.
-        input_shape: (C, H, W) of an image; None: (3, 32, 32). The command line takes it from the data.
+        input_shape: Of a sample, such as (C, H, W); None: (3, 32, 32). The command line takes it from the data.
         stem: ``"small"`` swaps a strided stem and its max-pooling for a 3x3 convolution: for images of 32 pixels.
         weights: To start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of a
             state dict, whose classifier may be one for other classes.
@@ -40,7 +41,8 @@ class SFF(LocalLearner):
             block; see `ff_lightning.LocalNet`. None: the loss of the task, log-sum-exp for classes.
         label_smoothing: Share of the target that is spread evenly over all classes.
         reach: How many blocks a loss trains at most: its own and those below it. Above 1, the borders move from step
-            to step, and memory grows with it; see `ff_lightning.LocalNet`.
+            to step, and memory grows with it. A float up to 1.0: windows of blocks that keep at most this share of
+            what backprop keeps; 1.0 is backprop with deep supervision. See `ff_lightning.LocalNet`.
         train_blocks: Numbers or names of the only blocks to train; the others keep weights and running statistics, and
             do not vote unless a checkpoint brings trained heads for them.
         kwargs: How it is trained: task, optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
@@ -51,6 +53,8 @@ class SFF(LocalLearner):
         20
     """
 
+    overlaps_steps = True
+
     def __init__(
         self,
         backbone: str | nn.Module = "cnn",
@@ -59,17 +63,18 @@ class SFF(LocalLearner):
         stem: Stem = "standard",
         weights: str | None = None,
         granularity: Granularity = "block",
-        head: Literal["pooled", "deep", "paper"] | HeadFactory = "pooled",
+        head: Literal["pooled", "deep", "paper", "groups"] | HeadFactory = "pooled",
         norm: Norm = "layer",
         vote: Literal["mean", "depth", "last", "log_softmax"] = "mean",
-        loss: str | Callable[[], nn.Module] | None = None,
+        loss: Literal["logsumexp", "similarity", "predsim", "supcon"] | Callable[[], nn.Module] | None = None,
         label_smoothing: float = 0.0,
-        reach: int = 1,
+        reach: int | float = 1,
         train_blocks: list[int | str] | None = None,
+        own_loss: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
-        granularity, reach, train_blocks = to_plain((granularity, reach, train_blocks))
+        granularity, reach, train_blocks, own_loss = to_plain((granularity, reach, train_blocks, own_loss))
         self.criterion = self.task.criterion(label_smoothing)
         if loss is not None and label_smoothing:
             raise ValueError(f"label_smoothing={label_smoothing} and loss={loss!r}: give the loss its own smoothing")
@@ -83,6 +88,8 @@ class SFF(LocalLearner):
             self.input_shape,
             self._loss(loss),
             reach,
+            self.vocabulary,
+            own_loss=own_loss,
         )
         self.set_units(self.net.units())
         self.train_blocks = train_blocks
@@ -99,13 +106,13 @@ class SFF(LocalLearner):
         """The updates of the blocks, from the input on."""
         inputs, target = self.inputs_and_target(batch)
         scores: list[Tensor] = []
-        yield from self.net.updates(inputs[0], target, lambda k, of_block: scores.append(of_block))
+        yield from self.net.updates(inputs, target, lambda k, of_block: scores.append(of_block), self.scaler)
         if len(scores) == len(self.net.blocks):
             self.report_scores(torch.stack(scores), target)
 
     def scores(self, *inputs: Any) -> Tensor:
         """Goodness of each class at each block, (L, B, K)."""
-        return self.net.goodness(*inputs)
+        return self.net.goodness(inputs)
 
     def vote(self, scores: Tensor) -> Tensor:
         """The vote of the blocks, (L, B, K) -> (B, K)."""
@@ -113,7 +120,7 @@ class SFF(LocalLearner):
 
     def representation(self, *inputs: Any) -> Tensor:
         """The normalised features of all blocks, averaged over the positions: (B, sum of channels)."""
-        return torch.cat([features.flatten(2).mean(2) for features in self.net.local_features(*inputs)], 1)
+        return self.net.representation(inputs)
 
     @property
     def backbone(self) -> nn.Module:

@@ -15,6 +15,7 @@ from ff_lightning.partition.ops import Op
 from ff_lightning.partition.trace import Call, evaluating
 from ff_lightning.partition.whole import nodes_in, undivided_calls
 from ff_lightning.util.memory import saved_for_backward
+from ff_lightning.util.torch_private import leave_out_of_state, own_buffers
 
 State = Tensor | tuple[Any, ...]
 
@@ -32,7 +33,8 @@ class Block(nn.Module):
         name: The module, or the first and the last module, of the original model that it holds.
         body: The operations, as a `torch.fx.GraphModule` over the modules of the original model.
         channel_dim: The dimension of the main output that counts channels.
-        map_shape: (C, H, W) of the main output for the example; H counts tokens and W is 1 for a row of tokens.
+        map_shape: Shape of a sample of the main output as a map, for the example: channels, then positions: (C,) for
+            vectors, (C, T) for signals and tokens, (C, H, W), (C, D, H, W).
         saved_bytes: What autograd keeps of one image for the backward of this block, parameters aside.
         idle: Names of its trainable parameters that no gradient of its main output reaches.
     """
@@ -50,15 +52,17 @@ class Block(nn.Module):
         """Run the block on the state before it; returns the state behind it."""
         return self.body(*state) if isinstance(state, tuple) else self.body(state)
 
-    def to_map(self, output: Tensor) -> Tensor:
-        """The main output as a map (B, C, H, W): tokens become (B, C, N, 1), vectors (B, C, 1, 1).
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the body alone: blocks share one forward, and a limit of recompilations with it."""
+        self.body.compile(*args, **kwargs)
 
-        Of more than two dimensions of positions all but the last one become one: (B, C, D, H, W) -> (B, C, D * H, W).
+    def to_map(self, output: Tensor) -> Tensor:
+        """The main output as a map (B, C, ...): channels before positions, tokens (B, T, C) become (B, C, T).
+
+        Of more than three dimensions of positions the first ones become one.
         """
         output = output.movedim(self.channel_dim, 1)
-        if output.ndim > 4:
-            return output.flatten(2, -2)
-        return output if output.ndim == 4 else output.reshape(*output.shape, *[1] * (4 - output.ndim))
+        return output.flatten(2, -3) if output.ndim > 5 else output
 
     def extra_repr(self) -> str:
         """Name and shape, for the printed network."""
@@ -89,8 +93,8 @@ def build_blocks(features: Features, cuts: Sequence[int]) -> list[Block]:
         body = fx.GraphModule(features.model, graph)
         for name, module in body.named_modules():
             if module not in of_model:
-                keys = {key for key in module._buffers if f"{name}.{key}".removeprefix(".") not in stored}
-                module._non_persistent_buffers_set |= keys  # constants of the code, no state of the network
+                keys = {key for key in own_buffers(module) if f"{name}.{key}".removeprefix(".") not in stored}
+                leave_out_of_state(module, keys)  # constants of the code, no state of the network
         block = Block(name_of(start, end), body, features.channel_dim(main))
         with evaluating(block):
             state = _run_untouched(block, state)

@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from torch import fx, nn
 
 from ff_lightning.partition.features import Features
-from ff_lightning.partition.ops import Op
+from ff_lightning.partition.ops import Op, is_embedding
 from ff_lightning.partition.trace import function_name
 from ff_lightning.util.suggest import unknown
 
@@ -181,9 +181,15 @@ def _layers(ops: Sequence[Op]) -> list[int]:
 
 
 def _outside(features: Features, spans: Sequence[Span]) -> list[Span]:
-    """The layers that lie in none of the spans."""
+    """The layers that lie in none of the spans; embeddings in a row (of tokens, of their places) are one."""
     covered = {i for start, end in spans for i in range(start, end)}
-    return [(i, i + 1) for i in _layers(features.ops) if i not in covered]
+    layers: list[Span] = []
+    for i in _layers(features.ops):
+        if i in covered:
+            continue
+        joins = bool(layers) and all(is_embedding(features.model, features.ops[j]) for j in (layers[-1][1] - 1, i))
+        layers.append((layers.pop()[0] if joins else i, i + 1))
+    return layers
 
 
 def _narrow(features: Features) -> list[int]:

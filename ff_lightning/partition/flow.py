@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor, fx, nn
 
-from ff_lightning.partition.ops import Op, is_channel_last, is_convolution, output_widths, permutes
+from ff_lightning.partition.ops import Op, is_convolution, is_embedding, is_linear, output_widths, permutes
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class Flow:
             return 1
         widths = output_widths(self.model, since[0]) if since else set[int]()
         fitting = [dim for dim in range(1, len(shape)) if shape[dim] in widths]
-        if in_order and is_channel_last(self.model, since[0]) and len(shape) - 1 in fitting:
+        last_dim = in_order and (is_linear(self.model, since[0]) or is_embedding(self.model, since[0]))
+        if last_dim and len(shape) - 1 in fitting:
             return len(shape) - 1
         return fitting[0] if len(fitting) == 1 else (len(shape) - 1 if len(shape) == 3 else 1)
 

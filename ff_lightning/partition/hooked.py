@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from ff_lightning.partition.block import Block, State, parameters_behind
+from ff_lightning.partition.block import Block, State, parameters_behind, take_modes
 from ff_lightning.partition.classifier import NAMES
 from ff_lightning.partition.cuts import balanced_ends
 from ff_lightning.partition.hooks import Visit, run_hooked, tensors_in
@@ -36,6 +36,17 @@ class HookedBlock(Block):
             RuntimeError: In any case.
         """
         raise RuntimeError(f"block {self.name!r} runs only as a part of its network: run that with LocalNet")
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is compiled.
+
+        Warns:
+            In any case.
+        """
+        warnings.warn(
+            "compile: only the heads are compiled, not the blocks, which run as parts of their network's own forward",
+            stacklevel=2,
+        )
 
 
 class Hooked:
@@ -76,18 +87,22 @@ class Hooked:
             units = probe.joined(ends)
             self.blocks = self._build(units)
             self._check_gradients(call)
+        take_modes(self.blocks, model)
         held = {module for block in self.blocks for module in block.modules()}
         self._others = [module for module in model.modules() if module not in held]
         self._warn(units)
 
-    def run(self, call: Callable[[], Any], visit: Visit, **kwargs: Any) -> None:
-        """Run the network up to the end of the last block; see `run_hooked`."""
+    def run(self, call: Callable[[], Any], visit: Visit, count: int | None = None, **kwargs: Any) -> None:
+        """Run the network up to the end of block number `count`, counted from 1, or of the last one.
+
+        See `run_hooked` for the other arguments.
+        """
         for module in self._others:
             module.training = self.blocks[0].training
         for module, name, holder in self._links:
             if getattr(module, name) is not getattr(holder, name):  # the blocks were moved to another device
                 setattr(module, name, getattr(holder, name))
-        run_hooked(self.model, self.borders, call, visit, **kwargs)
+        run_hooked(self.model, self.borders[:count], call, visit, **kwargs)
 
     def _build(self, units: Probe) -> list[HookedBlock]:
         """The blocks, over the modules of the network itself."""
@@ -100,7 +115,7 @@ class Hooked:
                 if units.spans.get(child) == (k, k) and all(owner.get(p, k) == k for p in child.parameters()):
                     body.add_module(name, child)
                     continue
-                part = nn.Module().train(child.training)
+                part = nn.Module()
                 fill(part, child, f"{path}{name}.", k)
                 if any(True for _ in (*part.children(), *part.parameters(), *part.buffers())):
                     body.add_module(name, part)
@@ -120,7 +135,6 @@ class Hooked:
             body = nn.Module()
             fill(body, self.model, "", k)
             block = HookedBlock(name, cast(fx.GraphModule, body), units.channel_dims[k])
-            block.training = body.training = self.model.training
             block.map_shape = tuple(block.to_map(torch.empty(units.shapes[k], device="meta")).shape[1:])
             block.saved_bytes = units.bytes[k]
             own = [(name, p) for name, p in body.named_parameters() if p.requires_grad]

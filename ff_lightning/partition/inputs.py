@@ -36,6 +36,7 @@ class Inputs:
         shape: Of a sample of the main input.
         tokens: Whether the main input holds token ids: whole numbers, (B, T).
         vocabulary: Number of different ids; None: not known.
+        longest: Most ids of a sample; None: not known.
         mask: Name of the padding mask (B, T), if there is one: ``attention_mask`` or ``mask``, true or 1 at the
             positions that count, or PyTorch's ``key_padding_mask``, true at the others.
         mask_dtype: What the network is given it as.
@@ -47,12 +48,15 @@ class Inputs:
     shape: tuple[int, ...]
     tokens: bool
     vocabulary: int | None = None
+    longest: int | None = None
     mask: str | None = None
     mask_dtype: torch.dtype = torch.bool
     mask_dim: int = 1
 
     @classmethod
-    def of(cls, model: nn.Module, example: Example, vocabulary: int | None = None) -> "Inputs":
+    def of(
+        cls, model: nn.Module, example: Example, vocabulary: int | None = None, longest: int | None = None
+    ) -> "Inputs":
         """Read off an example what a network takes.
 
         Raises:
@@ -64,7 +68,8 @@ class Inputs:
             raise ValueError(f"example: {name} of shape {tuple(main.shape)}: must be a batch of one or more")
         mask = next((other for other in given if other in MASKS and other != name and given[other].ndim == 2), None)
         tokens = main.ndim == 2 and not main.is_floating_point()
-        inputs = cls(tuple(given), isinstance(example, Mapping), tuple(main.shape[1:]), tokens, vocabulary, mask)
+        by_name, shape = isinstance(example, Mapping), tuple(main.shape[1:])
+        inputs = cls(tuple(given), by_name, shape, tokens, vocabulary, longest, mask)
         if mask is None:
             return inputs
         dims = [d for d in range(1, main.ndim) if (len(main), main.shape[d]) == given[mask].shape]
@@ -75,11 +80,14 @@ class Inputs:
     def values(self, inputs: Example) -> tuple[Tensor, ...]:
         """The tensors in order, checked; a padding mask that is not given masks nothing.
 
+        A dict may use other names, such as those of `ff_lightning.data.Text`: its padding mask is the mask, and where a
+        single input is left on both sides, that is the main one.
+
         Raises:
             ValueError: If one is missing, not known, or has another shape or dtype than it should have. Ids outside of
                 the vocabulary are looked for on the CPU only, where that needs no wait for a device.
         """
-        given = _named(inputs, self.names)
+        given = self._renamed(_named(inputs, self.names))
         main = given.get(self.names[0])
         if self.mask and self.mask not in given and isinstance(main, Tensor) and main.ndim > self.mask_dim:
             count = (len(main), main.shape[self.mask_dim])
@@ -91,6 +99,23 @@ class Inputs:
         if self.mask:
             given[self.mask] = self._as_mask(given[self.mask], given[self.names[0]])
         return tuple(given[name] for name in self.names)
+
+    def _renamed(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What was given, under the names of the network."""
+        others = [name for name in given if name not in self.names]
+        mask = next((name for name in others if name in MASKS and self.mask), None)
+        if self.mask and mask is not None and self.mask not in given and isinstance(given[mask], Tensor):
+            given[self.mask] = given.pop(mask) != 0
+            if MASKS[mask] != MASKS[self.mask]:
+                given[self.mask] = ~given[self.mask]
+            others.remove(mask)
+        if len(others) == 1 and self.names[0] not in given and others[0] not in MASKS:
+            given[self.names[0]] = given.pop(others[0])
+        return given
+
+    def covers(self, map_shape: Sequence[int]) -> bool:
+        """Whether the mask has a place for each position of features of a shape (C, T)."""
+        return self.mask is not None and tuple(map_shape[1:]) == (self.shape[self.mask_dim - 1],)
 
     def valid(self, values: Sequence[Tensor]) -> Tensor | None:
         """True at the positions (B, T) that are no padding, of what `values` returned; None without a mask."""
@@ -108,7 +133,11 @@ class Inputs:
         if self.tokens:
             if main.ndim != 2 or main.is_floating_point() or main.dtype == torch.bool:
                 raise ValueError(f"{name} of shape {tuple(main.shape)} and {main.dtype}: must be ids (B, T), int64")
-            if self.vocabulary is not None and main.device.type == "cpu" and main.numel():
+            if self.longest is not None and main.shape[1] > self.longest:
+                raise ValueError(f"{name} of shape {tuple(main.shape)}: must be of {self.longest} ids or fewer")
+            if self.vocabulary is None or torch.compiler.is_compiling():
+                return
+            if main.device.type == "cpu" and main.numel():
                 lowest, highest = int(main.min()), int(main.max())
                 if lowest < 0 or highest >= self.vocabulary:
                     wrong, most = lowest if lowest < 0 else highest, self.vocabulary - 1
@@ -131,6 +160,9 @@ class Inputs:
 def make_example(model: nn.Module, shape: Sequence[int], vocabulary: int | None = None) -> Example:
     """An example of one sample: zeros, or ids of a vocabulary with a padding mask where `forward` takes one."""
     like = next(model.parameters(), torch.zeros(0))
+    first_layer = next((m for m in model.modules() if any(True for _ in m.parameters(recurse=False))), None)
+    if vocabulary is None and isinstance(first_layer, nn.Embedding) and len(shape) == 1:
+        raise ValueError("vocabulary=None: the network begins with an embedding: give the number of token ids")
     if vocabulary is None:
         return torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
     ids = torch.arange(shape[0], device=like.device)[None] % vocabulary
@@ -145,7 +177,9 @@ def make_example(model: nn.Module, shape: Sequence[int], vocabulary: int | None 
 
 
 def _named(inputs: Any, names: Sequence[str]) -> dict[str, Any]:
-    """What was given, by name."""
+    """What was given, by name; a tuple of one is that one."""
+    if isinstance(inputs, tuple | list) and len(inputs) == 1:
+        inputs = inputs[0]
     if isinstance(inputs, Mapping):
         return dict(inputs)
     in_order = list(inputs) if isinstance(inputs, tuple | list) else [inputs]

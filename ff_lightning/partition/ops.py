@@ -11,7 +11,7 @@ from ff_lightning.partition.trace import changes_in_place, function_name, path
 _ACTIVATIONS = {"relu", "relu_", "relu6", "leaky_relu", "gelu", "elu", "silu", "hardswish", "tanh", "sigmoid"}
 _ELEMENTWISE = {"add", "iadd", "mul", "imul", "sub", "isub", "truediv", "itruediv", "cat", "concat", "expand", "where"}
 _ELEMENTWISE |= {"getitem", "stack"}
-_LAYERS = {"conv1d", "conv2d", "conv3d", "linear", "embedding"}
+_LAYERS = {"conv1d", "conv2d", "conv3d", "linear", "embedding", "embedding_bag"}
 _ADAPTIVE_MEANS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _ADAPTIVE = (*_ADAPTIVE_MEANS, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 _PERMUTATIONS = {"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "rearrange"}
@@ -162,11 +162,18 @@ def is_convolution(model: nn.Module, op: Op) -> bool:
     return function_name(op.node) in ("conv1d", "conv2d", "conv3d")
 
 
-def is_channel_last(model: nn.Module, op: Op) -> bool:
-    """Whether the operation is a linear layer or an embedding: channels are the last dimension of its result."""
+def is_linear(model: nn.Module, op: Op) -> bool:
+    """Whether the operation is a linear layer: channels are the last dimension of its result."""
     if op.node.op == "call_module":
-        return isinstance(model.get_submodule(str(op.node.target)), nn.Linear | nn.Embedding)
-    return function_name(op.node) in ("linear", "embedding")
+        return isinstance(model.get_submodule(str(op.node.target)), nn.Linear)
+    return function_name(op.node) == "linear"
+
+
+def is_embedding(model: nn.Module, op: Op) -> bool:
+    """Whether the operation looks up a row for each id: channels are the last dimension of its result."""
+    if op.node.op == "call_module":
+        return isinstance(model.get_submodule(str(op.node.target)), nn.Embedding | nn.EmbeddingBag)
+    return function_name(op.node) in ("embedding", "embedding_bag")
 
 
 def output_widths(model: nn.Module, op: Op) -> set[int]:
@@ -174,8 +181,7 @@ def output_widths(model: nn.Module, op: Op) -> set[int]:
     module = model.get_submodule(str(op.node.target)) if op.node.op == "call_module" else None
     if isinstance(module, nn.RNNBase):
         return {(module.proj_size or module.hidden_size) * (1 + module.bidirectional)}
-    embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag) or function_name(op.node).startswith("embedding")
-    return {weight.shape[1 if embedding else 0] for weight in op.weights}
+    return {weight.shape[1 if is_embedding(model, op) else 0] for weight in op.weights}
 
 
 def permutes(model: nn.Module, op: Op) -> bool:
@@ -189,9 +195,8 @@ def is_activation(model: nn.Module, op: Op) -> bool:
     """Whether the operation is an activation, other than a softmax."""
     if op.node.op == "call_module":
         module = model.get_submodule(str(op.node.target))
-        return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(
-            module, nn.Softmax | nn.LogSoftmax
-        )
+        is_one = any(cls.__module__ == "torch.nn.modules.activation" for cls in type(module).__mro__)
+        return is_one and not isinstance(module, nn.Softmax | nn.LogSoftmax)
     return function_name(op.node) in _ACTIVATIONS
 
 

@@ -6,9 +6,10 @@ Shapes: B batch.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ff_lightning.tasks import kind_of
+from ff_lightning.util.arguments import kind_of
 
 TARGETS = ("label", "labels", "target", "targets", "class", "y")
 """Keys under which a batch that is a dict holds its targets."""
@@ -42,14 +43,15 @@ def split_batch(batch: Any) -> tuple[Inputs, Any]:
         batch = images if images is not None else next(iter(rest.values())) if len(rest) == 1 else rest
     elif isinstance(batch, list | tuple):
         batch, target = batch[0] if batch else batch, batch[1] if len(batch) > 1 else None
-    return batch if isinstance(batch, tuple) else (batch,), target
+    return tuple(batch) if isinstance(batch, list | tuple) else (batch,), target
 
 
-def check_inputs(inputs: Inputs, input_shape: Sequence[int]) -> int:
+def check_inputs(inputs: Inputs, input_shape: Sequence[int], vocabulary: int | None = None) -> int:
     """The number of samples of a batch.
 
     Raises:
-        ValueError: If the first input is not floating of the shape (B, *input_shape), but for the sides of images.
+        ValueError: If the first input is not floating of the shape (B, *input_shape), but for the sides of images; or,
+            with a vocabulary, if it holds no token ids (B, T). What else belongs to ids is left to the network.
     """
     x = inputs[0] if inputs else inputs
     what = "images" if len(input_shape) == 3 else "inputs"
@@ -61,6 +63,10 @@ def check_inputs(inputs: Inputs, input_shape: Sequence[int]) -> int:
         return len(tensors[0])
     if not isinstance(x, Tensor):
         raise ValueError(f"the {what} of a batch are {kind_of(x)}: give a tensor {wanted}")
+    if vocabulary is not None:
+        if x.ndim != 2 or x.is_floating_point() or x.dtype == torch.bool:
+            raise ValueError(f"the inputs of a batch are {x.dtype} of shape {tuple(x.shape)}: give ids (B, T), int64")
+        return len(x)
     channels = input_shape[0]
     if x.ndim != 1 + len(input_shape) or (x.shape[1] != channels and x.shape[-1] == channels):
         first = ", channels first" if len(input_shape) > 1 else ""

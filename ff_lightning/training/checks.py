@@ -34,6 +34,7 @@ def check_arguments(
     num_classes: int | None,
     task: Task,
     input_shape: Sequence[int] | None,
+    vocabulary: int | None,
     lr: float | None,
     lr_decay: float,
     optimizer: Any,
@@ -52,6 +53,7 @@ def check_arguments(
     check_whole("num_classes", num_classes, least=task.least_scores, optional=isinstance(task, Unlabelled))
     if input_shape is not None:
         check_shape("input_shape", input_shape)
+    check_whole("vocabulary", vocabulary, optional=True)
     check_number("lr", lr, above=0, optional=True)
     check_number("lr_decay", lr_decay, above=0, most=1)
     if lr is None and lr_decay != 1 and optimizer is not None:
@@ -162,14 +164,17 @@ def check_unfrozen(optimizer: Any, processes: int) -> None:
         )
 
 
-def check_data(num_classes: int, input_shape: tuple[int, ...], data: Any) -> None:
-    """Raise ValueError if a data module has other classes than the model, or another number of channels."""
+def check_data(num_classes: int, input_shape: tuple[int, ...], vocabulary: int | None, data: Any) -> None:
+    """Raise ValueError if a data module has other classes than the model, another number of channels, or other ids."""
     classes, shape = getattr(data, "num_classes", None), getattr(data, "input_shape", None)
     if classes not in (None, num_classes):
         raise ValueError(f"num_classes={num_classes} of the model, but {type(data).__name__} has {classes} classes")
-    if shape is not None and shape[0] != input_shape[0]:
+    ids = getattr(data, "vocabulary", None)
+    if ids != vocabulary and hasattr(data, "vocabulary"):
+        raise ValueError(f"vocabulary={vocabulary} of the model, but {type(data).__name__} has vocabulary={ids}")
+    if shape is not None and (shape[0] > input_shape[0] if ids else shape[0] != input_shape[0]):
         raise ValueError(
-            f"input_shape={input_shape} of the model, but {type(data).__name__} has images of shape {tuple(shape)}: "
+            f"input_shape={input_shape} of the model, but {type(data).__name__} has samples of shape {tuple(shape)}: "
             f"give the model input_shape={tuple(shape)}"
         )
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
@@ -17,12 +18,14 @@ from torch.optim import Optimizer
 from ff_lightning.heads import HEADS
 from ff_lightning.tasks import TASKS
 from ff_lightning.training.plain import make_plain
+from ff_lightning.util.arguments import shown
 
-COMPUTING = ("backbone", "stem", "num_classes", "input_shape", "granularity", "head", "norm", "task")
+COMPUTING = ("backbone", "stem", "num_classes", "input_shape", "vocabulary", "granularity", "head", "norm", "task")
 """Arguments that change what the network computes: they must be those of the checkpoint."""
 _TRAINING = (
     *("optimizer", "lr", "lr_decay", "lr_scheduler", "lr_interval", "optimization", "clip_norm", "clip_value"),
-    *("accumulate", "compile", "memory_format", "label_smoothing", "reach", "train_blocks", "probe", "weights"),
+    *("accumulate", "compile", "memory_format", "label_smoothing", "reach", "own_loss", "train_blocks", "probe"),
+    "weights",
     *("loss", "metrics"),
 )
 """Arguments that change how it is trained: they may differ, except where a run is resumed. All other arguments, among
@@ -140,12 +143,17 @@ def check_same_data(trained_on: Mapping[str, Any], data: Mapping[str, Any], stri
             raise ValueError(f"{message}; give the data classes={_shortened(there)}, or the model of these classes")
         rank_zero_warn(f"{message}; its heads go on from what they were", stacklevel=2)
     there, here = trained_on.get("statistics"), data.get("statistics")
-    if there and here and there != here:
+    if there and here and not _close(there, here):
         rank_zero_warn(
-            f"the model was trained on images that were normalised with mean and deviation {there}, these are with "
-            f"{here}",
+            f"the model was trained on samples that were normalised with mean and deviation {shown(there)}, these are "
+            f"with {shown(here)}",
             stacklevel=2,
         )
+
+
+def _close(there: Sequence[Sequence[float]], here: Sequence[Sequence[float]]) -> bool:
+    """Whether statistics are the same but for what another machine makes of the same samples."""
+    return np.shape(there) == np.shape(here) and np.allclose(there, here)
 
 
 def _shortened(names: Sequence[str]) -> str:

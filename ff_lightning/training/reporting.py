@@ -15,6 +15,7 @@ from ff_lightning.tasks import Task, Unlabelled
 from ff_lightning.training.averaging import broadcast_buffers
 from ff_lightning.training.batches import Inputs, check_has_target, check_inputs, split_batch
 from ff_lightning.training.kept import KeepsHooks, kept
+from ff_lightning.training.lightning_private import logs_are_due
 from ff_lightning.training.metrics import UnitFigures, UnitLosses
 
 
@@ -28,6 +29,7 @@ class Reporting(KeepsHooks, LightningModule):
     task: Task
     unit_names: list[str]
     input_shape: tuple[int, ...]
+    vocabulary: int | None
     metrics: Sequence[str]
     criterion: Any
     train_losses: Any
@@ -74,6 +76,10 @@ class Reporting(KeepsHooks, LightningModule):
         """Scores of each unit, (U, B, K); None for a method that gives no answers."""
         return None
 
+    def unit_key(self, k: int) -> str:
+        """What figures of unit k are logged by."""
+        return f"block{k:02d}"
+
     def vote(self, scores: Tensor) -> Tensor:
         """From the scores of all units (U, B, K) to those that decide, (B, K): their mean."""
         return scores.mean(0)
@@ -95,7 +101,7 @@ class Reporting(KeepsHooks, LightningModule):
         if look is None:
             look = self.trainer.fit_loop.batch_idx == 0
         inputs, target = self.split(batch)
-        samples = check_inputs(inputs, self.input_shape)
+        samples = check_inputs(inputs, self.input_shape, self.vocabulary)
         if not isinstance(self.task, Unlabelled):
             check_has_target(batch, target)
         self.task.check(target, samples, training, look)
@@ -121,14 +127,14 @@ class Reporting(KeepsHooks, LightningModule):
         """Collect the losses on the device; logged, and checked, only when the loggers are due."""
         self.train_losses.update(self._units_of_batch, torch.stack(self._losses_of_batch))
         self._units_of_batch, self._losses_of_batch = [], []
-        if self.trainer._logger_connector.should_update_logs:
+        if logs_are_due(self.trainer):
             self._log_losses()
 
     def _log_losses(self) -> None:
         losses, seen = self._finite_losses(), sorted(self.train_losses.seen)
         self.train_losses.reset()
         self.log("train/loss", losses[seen].mean(), prog_bar=True)
-        self.log_dict({f"train/block{k:02d}_loss": losses[k] for k in seen})
+        self.log_dict({f"train/{self.unit_key(k)}_loss": losses[k] for k in seen})
         figures = self.train_figures
         if figures.update_called:
             self.log_dict({f"train/{name}": mean.mean() for name, mean in figures.compute()[0].items()})
@@ -231,7 +237,7 @@ class Reporting(KeepsHooks, LightningModule):
         self.log(f"{stage}/loss", losses.mean())
         for name, values in figures.items():
             self.log(f"{stage}/{name}", values[-1], prog_bar=True)
-            self.log_dict({f"{stage}/block{k:02d}_{name}": value for k, value in enumerate(values[:-1])})
+            self.log_dict({f"{stage}/{self.unit_key(k)}_{name}": value for k, value in enumerate(values[:-1])})
 
     def forward(self, *inputs: Any) -> Tensor:
         """Scores after the vote, (B, K), such as those of the classes: the highest one wins.
@@ -248,7 +254,7 @@ class Reporting(KeepsHooks, LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Scores (B, K) for inputs, or for batches of inputs and targets."""
         inputs, _ = self.split(batch)
-        check_inputs(inputs, self.input_shape)
+        check_inputs(inputs, self.input_shape, self.vocabulary)
         return self(*inputs)
 
 

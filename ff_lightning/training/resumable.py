@@ -7,6 +7,7 @@ from typing import Any
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
+from ff_lightning import __version__
 from ff_lightning.training import checks, matching, resume
 from ff_lightning.training.checkpoint_io import WholeCheckpointIO
 from ff_lightning.training.kept import kept
@@ -48,7 +49,7 @@ class Resumable(Reporting):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeCheckpointIO()
         data = getattr(self.trainer, "datamodule", None)
-        checks.check_data(self.num_classes, self.input_shape, data)
+        checks.check_data(self.num_classes, self.input_shape, self.vocabulary, data)
         self._data = matching.describe_data(data)
         if self.trainer.ckpt_path is None:  # else a checkpoint says what the weights were trained on
             matching.check_same_data(self.trained_on, self._data, strict=stage != "fit")
@@ -100,6 +101,13 @@ class Resumable(Reporting):
                 {name: value for name, value in self.hparams.items() if not name.startswith("_")}, strict=False
             ),
             "data": self.trained_on,
+            "model": {
+                "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
+                "num_classes": self.num_classes,
+                "input_shape": list(self.input_shape),
+                "task": type(self.task).__name__,
+            },
+            "version": __version__,
             "window": self._window,
             "frozen": [name for name, parameter in self.named_parameters() if not parameter.requires_grad],
             "random": resume.random_states(trainer.world_size),

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from ff_lightning.util.suggest import closest, unknown
 
@@ -22,6 +22,20 @@ def shown(value: object) -> str:
     """
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def kind_of(value: Any) -> str:
+    """What something is, for an error message."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return f"a {type(value).__name__} with the keys {list(value)[:5]}"
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    if isinstance(value, list | tuple):
+        kinds = [type(part).__name__ for part in value[:5]]
+        return f"a {type(value).__name__} of {len(value)} parts ({', '.join(kinds)}{', ...' if len(value) > 5 else ''})"
+    return f"a {type(value).__name__}"
 
 
 def is_whole(value: object) -> bool:
@@ -79,21 +93,33 @@ def check_path(argument: str, value: Any, optional: bool = False) -> None:
         raise ValueError(f"{argument}={shown(value)}: must be a path{_or_none(optional)}")
 
 
+_FORMS = {1: "(T,)", 2: "(C, T)", 3: "(C, H, W)", 4: "(C, D, H, W)"}
+_LAYERS = {nn.Embedding: 1, nn.Conv1d: 2, nn.Conv2d: 3, nn.Conv3d: 4}
+
+
+def check_delimiter(value: Any) -> None:
+    """Raise ValueError unless a value is one character, or None."""
+    if value is not None and not (isinstance(value, str) and len(value) == 1):
+        raise ValueError(f"delimiter={shown(value)}: must be one character, or None")
+
+
 def check_shape(argument: str, value: Any, model: Any = None) -> None:
-    """Raise ValueError unless a value is the shape of a sample: (C, H, W), or what else `model` takes.
+    """Raise ValueError unless a value is the shape of a sample that `model` takes: (C, H, W), say.
 
     Args:
         argument: Its name.
         value: The shape, without the batch.
-        model: The name of a network for images, or the network: whether a sample has two dimensions more than channels
-            is known of those that begin with a convolution.
+        model: The name of a network, or the network: how many dimensions a sample has is known of those that begin with
+            a convolution or an embedding.
     """
-    first = _first_layer(model)
-    dims = next((i + 2 for i, kind in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d)) if isinstance(first, kind)), None)
-    dims = 3 if isinstance(model, str) else dims
+    if isinstance(model, str):
+        dims = {"mlp": None, "signal": 2, "text": 1}.get(model, 3)
+    else:
+        first = _first_layer(model)
+        dims = next((dims for kind, dims in _LAYERS.items() if isinstance(first, kind)), None)
     whole = isinstance(value, Sequence) and not isinstance(value, str) and all(is_whole(side) for side in value)
     if not whole or min(value, default=0) < 1 or dims not in (None, len(value)):
-        form = {None: "(C, H, W)", 2: "(C, T)", 3: "(C, H, W)", 4: "(C, D, H, W)"}[dims]
+        form = "the shape of a sample, such as (C, H, W)" if dims is None else _FORMS[dims]
         raise ValueError(f"{argument}={shown(value)}: must be {form}, whole numbers of at least 1")
 
 

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ff_lightning.data.images.cache import cached, name_of, user_folder
 from ff_lightning.data.images.reading import (
     OnError,
     Reader,
+    Shape,
     files_of,
     find_readable,
     labels_of,
@@ -74,7 +75,7 @@ class ImageData(DataModule):
         ValueError: If an argument is out of its range.
     """
 
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     train_set: ImageSplit
     statistics: tuple[Sequence[float], Sequence[float]]
     """Mean and standard deviation of each channel, for pixels from 0 to 1."""
@@ -114,6 +115,12 @@ class ImageData(DataModule):
         self.download = download
         self.in_memory, self.cache_dir, self.on_error = in_memory, cache_dir, on_error
 
+    @property
+    def image_shape(self) -> Shape:
+        """(C, S, S) of the pixels."""
+        channels, height, width = self.input_shape
+        return channels, height, width
+
     def targets_of(self, samples: Any) -> Numbers:
         """The classes of all images, without reading the images."""
         return labels_of(samples)
@@ -121,7 +128,7 @@ class ImageData(DataModule):
     def make_splits(self, name: str, samples: Any, targets: Numbers, *parts: Numbers) -> list[Split]:
         """Parts of the images, each with its classes, from one source of pixels."""
         needed = np.sort(np.concatenate(parts))
-        reader = Reader(samples, self.input_shape)
+        reader = Reader(samples, self.image_shape)
         source: Reader | Held = reader
         readable = np.ones(len(needed), bool)
         if self._fits_in_memory(len(needed)):
@@ -129,8 +136,8 @@ class ImageData(DataModule):
             if files is None or len(needed) < len(files):
                 content = read_all(reader, needed, self.num_workers, self.on_error)
             else:
-                path = self._cache_file(f"{name}-{self.input_shape[1]}")
-                settings = (FORMAT, self.input_shape, self.on_error, *self._own_arguments())
+                path = self._cache_file(f"{name}-{self.image_shape[1]}")
+                settings = (FORMAT, self.image_shape, self.on_error, *self._own_arguments())
                 content = cached(
                     path,
                     files,
@@ -164,11 +171,11 @@ class ImageData(DataModule):
         return type(self).__module__, type(self).__qualname__, *sorted(own.items())
 
     def _fits_in_memory(self, images: int) -> bool:
-        return images * math.prod(self.input_shape) <= MEMORY_LIMIT if self.in_memory is None else self.in_memory
+        return images * math.prod(self.image_shape) <= MEMORY_LIMIT if self.in_memory is None else self.in_memory
 
     def _augmentation(self) -> tuple[Crop, bool]:
         """How training images are cropped, and whether they are mirrored."""
-        crop: Crop = "none" if not self.crops else "shift" if self.input_shape[1] <= 64 else "resized"
+        crop: Crop = "none" if not self.crops else "shift" if self.image_shape[1] <= 64 else "resized"
         return crop, self.flips
 
     # ------------------------------------------------------------------------------------------------------ loaders
@@ -178,7 +185,7 @@ class ImageData(DataModule):
         self.train_set.augment(self._order_seed, *(self._augmentation() if self.augment else ("none", False)))
         return super().train_dataloader()
 
-    def finish(self, split: Any) -> Finish:
+    def finish(self, split: Any) -> Callable[[Any], Any]:
         """Augmentation and normalisation of a batch, on the device of the Trainer, or the CPU where there is none."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         return Finish(split, self.statistics, device)

@@ -9,11 +9,11 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ff_lightning.data.images.base import ImageData
 from ff_lightning.data.images.split import Sample
+from ff_lightning.data.images.vectors import VectorData
 
 
-class Digits(ImageData):
+class Digits(VectorData):
     """1,797 real scans of handwritten digits, 8x8 grey values: 20 % are the test set, stratified with a fixed seed.
 
     The scans are not augmented: a shifted or mirrored digit of 8 pixels is another sign.
@@ -21,7 +21,7 @@ class Digits(ImageData):
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
 
     Args:
-        kwargs: image_size, batch_size, val_fraction, seed, ...; see `ImageData`.
+        kwargs: flat, image_size, batch_size, val_fraction, seed, ...; see `ImageData` and `VectorData`.
 
     Raises:
         ValueError: If `image_size` is below 8.
@@ -38,7 +38,7 @@ class Digits(ImageData):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if self.input_shape[1] < 8:
+        if self.image_shape[1] < 8:
             raise ValueError(f"image_size={self.image_size}: the scans have 8 pixels, give 8 or more")
         scale = _images(train=True).images.float() / 255
         self.statistics = ([scale.mean().item()], [scale.std().item()])

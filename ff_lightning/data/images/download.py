@@ -8,9 +8,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ff_lightning.data.images.base import ImageData
 from ff_lightning.data.images.reading import load_image
 from ff_lightning.data.images.split import Sample
+from ff_lightning.data.images.vectors import VectorData
 
 Splits = Mapping[str, Mapping[str, Any]]
 
@@ -20,14 +20,14 @@ WITH_VAL: Splits = {split: {"split": split, "loader": load_image} for split in (
 """How the readers are asked for a split; the last ones read files, and have a validation set of their own."""
 
 
-class DownloadedData(ImageData):
+class DownloadedData(VectorData):
     """Base of these sets: each names the class of torchvision that reads it, and the arguments for its splits.
 
     A marker lies in `root` from the beginning of a download to its end: torchvision takes some half extracted archives
     for whole ones, so what such a download left is removed by the next one, and never read.
 
     Args:
-        kwargs: root, download, ...; see `ImageData`.
+        kwargs: root, download, flat, ...; see `ImageData` and `VectorData`.
     """
 
     reader: Callable[..., Any]

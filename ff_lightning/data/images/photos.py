@@ -29,7 +29,7 @@ class Imagenette(DownloadedData):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        size = next((f"{pixels}px" for pixels in (160, 320) if self.input_shape[1] <= pixels), "full")
+        size = next((f"{pixels}px" for pixels in (160, 320) if self.image_shape[1] <= pixels), "full")
         self.splits = {name: {"split": folder, "size": size} for name, folder in (("train", "train"), ("test", "val"))}
         self.extracted = "imagenette2" + {"160px": "-160", "320px": "-320", "full": ""}[size]
 

@@ -30,7 +30,7 @@ class MNIST(DownloadedData):
     Source: LeCun et al., Gradient-Based Learning Applied to Document Recognition, 1998.
 
     Args:
-        kwargs: root, image_size, batch_size, augment, val_fraction, seed, ...; see `ImageData`.
+        kwargs: root, flat, image_size, batch_size, augment, val_fraction, seed, ...; see `ImageData` and `VectorData`.
     """
 
     reader = datasets.MNIST
@@ -48,7 +48,7 @@ class FashionMNIST(DownloadedData):
     Source: Xiao et al., Fashion-MNIST, arXiv 1708.07747, 2017.
 
     Args:
-        kwargs: root, image_size, batch_size, augment, val_fraction, seed, ...; see `ImageData`.
+        kwargs: root, flat, image_size, batch_size, augment, val_fraction, seed, ...; see `ImageData` and `VectorData`.
     """
 
     reader = datasets.FashionMNIST

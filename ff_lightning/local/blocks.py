@@ -1,0 +1,272 @@
+"""Blocks and their objectives: what `LocalNet` is made of, which of them are trained, and what is kept of them.
+
+Shapes: B batch, C channels, H x W positions, K classes, L blocks.
+"""
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ff_lightning.heads import HeadFactory, make_head
+from ff_lightning.heads.factory import takes_mask, with_mask
+from ff_lightning.local.chain import Norm, hand_on, held, run_block
+from ff_lightning.local.objectives import Loss, Place, make_objective
+from ff_lightning.local.updates import Update, deliver
+from ff_lightning.local.windows import Counter, Kept, Storages, Windows
+from ff_lightning.losses import LogSumExpLoss, check_classes
+from ff_lightning.partition import Block, Granularity, Hooked, Inputs, State, partition
+from ff_lightning.partition.block import main_output
+from ff_lightning.partition.trace import evaluating
+from ff_lightning.util.arguments import check_blocks, is_whole
+from ff_lightning.util.suggest import unknown
+
+
+class LocalBlocks(nn.Module):
+    """The blocks of a network with their objectives; see `ff_lightning.LocalNet`, which adds the passes."""
+
+    blocks: nn.ModuleList
+    objectives: nn.ModuleList
+    hooked: Hooked | None
+    inputs: Inputs
+    norm: Norm
+    head_factory: HeadFactory
+    loss_factory: Loss
+    num_classes: int
+    reach: float
+    own_loss: float
+    windows: Windows
+    passes: int
+    trained: frozenset[int]
+    voters: frozenset[int] | None
+    _example: Sequence[Tensor]
+    _take_mask: dict[str, list[bool]]
+
+    def _add_objectives(self) -> None:
+        """Make the objectives of the blocks that have none yet."""
+        like = next(self.parameters(), torch.zeros(0))
+        for k in range(len(self.objectives), len(self.blocks)):
+            objective = make_objective(self.loss_factory, self._place(k)).to(like.device, like.dtype)
+            self.objectives.append(objective)
+            for name, takes in self._take_mask.items():
+                takes.append(takes_mask(getattr(objective, name)))
+            if self.inputs.mask and not self._is_masked(k):
+                block = cast(Block, self.blocks[k])
+                warnings.warn(
+                    f"block {k} ({block.name}) has features of shape {block.map_shape}, not one for each position of "
+                    f"{self.inputs.mask}: its norm and its loss do not leave padding out",
+                    stacklevel=3,
+                )
+
+    def _place(self, k: int) -> Place:
+        block = cast(Block, self.blocks[k])
+        head = partial(make_head, self.head_factory, block.map_shape, self.num_classes, self._is_masked(k))
+        return Place(k, len(self.blocks), block.name, block.map_shape, self.num_classes, head, self._is_masked(k))
+
+    def _is_masked(self, k: int) -> bool:
+        """Whether there may be padding among the positions of block k."""
+        return self.inputs.covers(cast(Block, self.blocks[k]).map_shape)
+
+    @property
+    def heads(self) -> nn.ModuleList:
+        """The head of each block whose objective has one."""
+        heads = (getattr(objective, "head", None) for objective in self.objectives)
+        return nn.ModuleList(head for head in heads if head is not None)
+
+    def units(self) -> dict[str, tuple[nn.Module, nn.Module]]:
+        """Block and objective of each unit of training, by the name of the block."""
+        return {
+            cast(str, block.name): (block, objective)
+            for block, objective in zip(self.blocks, self.objectives, strict=True)
+        }
+
+    def train_only(self, blocks: Iterable[int | str] | None) -> None:
+        """Train only some of the blocks.
+
+        The others run without a graph and in eval mode, so that neither their weights nor their running statistics
+        move; those above the last trained block do not run in training at all.
+
+        Args:
+            blocks: Their numbers or names; None: all blocks.
+
+        Raises:
+            ValueError: If a block does not exist, or if none is left.
+        """
+        check_blocks("train_blocks", blocks)
+        names = [cast(str, block.name) for block in self.blocks]
+        wanted = range(len(names)) if blocks is None else [_number(block, names) for block in blocks]
+        if not wanted:
+            raise ValueError(f"train_blocks={blocks!r}: at least one block must be trained")
+        self.trained = frozenset(wanted)
+
+    def append(self, name: str, model: nn.Module, granularity: Granularity = "block") -> list[int]:
+        """Put further blocks on top of the network; those below keep their weights.
+
+        Args:
+            name: Of the new part: its blocks are called ``name.…``.
+            model: Network from the normalised features of the last block alone; it is cut like the first one.
+            granularity: Where to cut it; see `ff_lightning.partition`.
+
+        Returns:
+            The numbers of the new blocks, for `train_only`.
+
+        Raises:
+            ValueError: If the blocks run only as parts of the network's own forward.
+        """
+        if self.hooked is not None:
+            raise ValueError(f"append is not there for {by_hooks(self.hooked.model)}")
+        with evaluating(self):
+            values = self._example_here()
+            state = state_of(values)
+            for k, block in enumerate(cast(Iterable[Block], self.blocks)):
+                mask = self.inputs.valid(values) if self._is_masked(k) else None
+                state, _ = run_block(k, block, state, self.norm, detach=True, for_head=False, mask=mask)
+        added = partition(nn.Sequential(OrderedDict([(name, model)])), granularity, main_output(state))
+        first = len(self.blocks)
+        self.blocks.extend(added)
+        self._add_objectives()
+        self._place_windows()
+        self.trained |= set(range(first, first + len(added)))
+        for module in (*self.blocks[first:], *self.objectives[first:]):
+            module.train(self.training)
+        return list(range(first, first + len(added)))
+
+    def _example_here(self) -> list[Tensor]:
+        """The inputs of the example, where the network lies now."""
+        like = next(self.parameters(), torch.zeros(0))
+        return [value.to(like if value.is_floating_point() else like.device) for value in self._example]
+
+    def _place_windows(self) -> None:
+        """Place the windows for the blocks that are there."""
+        names = [cast(str, block.name) for block in self.blocks]
+        local = is_whole(self.reach) and self.reach == 1
+        self.windows = Windows(self.reach, names, None if local else self.kept(), self.own_loss)
+
+    def kept(self) -> Kept:
+        """What autograd keeps for one example in the blocks: as much as a batch of three keeps more than one of two."""
+        with evaluating(self), torch.enable_grad():
+            values = [value[:1] for value in self._example_here()]
+            two, three = (self._storages([torch.cat([value] * count) for value in values]) for count in (2, 3))
+        inputs, *parts, backprop = map(_per_example, two, three)
+        return Kept(parts[::2], parts[1::2], inputs, sum(backprop.values()))
+
+    def _storages(self, values: Sequence[Tensor]) -> list[Storages]:
+        """What is kept: of the batch itself, of each block and its norm in turn, and of all without norms and heads."""
+        counter = Counter(self.parameters())
+        found: list[Storages] = []
+        graphs: list[Any] = []
+        with counter.counting():
+            state = state_of(values)
+            for k, block in enumerate(cast(Iterable[Block], self.blocks)):
+                mask = self.inputs.valid(values) if self._is_masked(k) else None
+                out = block(state)
+                of_block = counter.take()
+                outside, features = hand_on(block, main_output(out), self.norm, False, True, mask)
+                of_norm = counter.take()
+                with suppress(NotImplementedError):  # an objective without scores
+                    graphs.append(with_mask(self.objectives[k], self._take_mask["forward"][k], features, mask))
+                found += [of_block | counter.take(), of_norm]
+                state = (outside, *out[1:]) if isinstance(out, tuple) else outside
+            graphs.append(state)
+            state = state_of(values)
+            for block in cast(Iterable[Block], self.blocks):
+                state = block(state)
+        batch = {value.untyped_storage().data_ptr() for value in values}
+        return [{address: size for address, size in found[0].items() if address in batch}, *found, counter.take()]
+
+    def block_parameters(self, k: int) -> list[nn.Parameter]:
+        """The trainable parameters of block k and its objective."""
+        both = (*self.blocks[k].parameters(), *self.objectives[k].parameters())
+        return [parameter for parameter in both if parameter.requires_grad]
+
+    def _mode_of(self, k: int) -> AbstractContextManager[None]:
+        """A block that is not trained runs without a graph and in eval mode.
+
+        The mode is set for each run, since blocks may share modules without weights, such as a dropout.
+        """
+        return nullcontext() if k in self.trained else held((self.blocks[k], self.objectives[k]))
+
+    def _delivered(self, k: int, loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+        """The loss of a block with its gradients in the place of its graph."""
+        parameters = [self.block_parameters(j) if j == k else [] for j in range(k + 1)]
+        return deliver([Update((k,), loss, (loss.detach(),))], parameters, scaler).losses[0]
+
+    def _check_target(self, y: Tensor) -> None:
+        criterion = getattr(self.objectives[0], "criterion", None)
+        if isinstance(criterion, LogSumExpLoss) and not y.is_floating_point():
+            check_classes(y, self.num_classes, criterion.ignore_index)
+
+    def compile_blocks(self) -> None:
+        """Compile each block and each objective's head by itself, when it runs for the first time."""
+        for block, objective in zip(self.blocks, self.objectives, strict=True):
+            block.compile()
+            head = objective.head if hasattr(objective, "head") else objective
+            cast(nn.Module, head).compile()
+
+    def backbone_state_dict(self) -> dict[str, Tensor]:
+        """The weights of all blocks under the names of the model they were made of; its classifier is not among them.
+
+        ``model.load_state_dict(net.backbone_state_dict(), strict=False)`` takes them to another model of its kind.
+        """
+        return {key: value for block in self.blocks for key, value in cast(Block, block).body.state_dict().items()}
+
+    def export(self) -> nn.Module:
+        """A copy for prediction: images (B, C, H, W) -> scores (B, K), in eval mode, nothing to train.
+
+        It is a plain module that goes through `torch.export.export` and `torch.onnx.export`.
+
+        Raises:
+            ValueError: If the blocks run only as parts of the network's own forward.
+        """
+        if self.hooked is not None:
+            raise ValueError(f"export is not there for {by_hooks(self.hooked.model)}: keep its checkpoint")
+        return copy.deepcopy(self).eval().requires_grad_(False)
+
+    def get_extra_state(self) -> Tensor:
+        """Passes so far, and for each block whether it is trained and whether it votes (2: all do), (1 + 2 L,)."""
+        blocks = range(len(self.blocks))
+        votes = [2 if self.voters is None else int(k in self.voters) for k in blocks]
+        return torch.tensor(
+            [self.passes, *(int(k in self.trained) for k in blocks), *votes]
+        )  # many take it for weights
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what `get_extra_state` gave."""
+        self.passes, *flags = state.tolist()
+        trained, votes = flags[: len(self.blocks)], flags[len(self.blocks) :]
+        self.trained = frozenset(k for k, flag in enumerate(trained) if flag)
+        self.voters = None if 2 in votes else frozenset(k for k, flag in enumerate(votes) if flag)
+
+
+def by_hooks(model: nn.Module) -> str:
+    """The network, in a message, and why it cannot do what other networks can."""
+    return f"{type(model).__name__}, whose blocks run only as parts of its own forward"
+
+
+def state_of(values: Sequence[Tensor]) -> State:
+    """What enters the first block."""
+    return tuple(values) if len(values) > 1 else values[0]
+
+
+def _per_example(two: Storages, three: Storages) -> Storages:
+    """From what batches of two and of three examples keep; constants do not count where both keep the like."""
+    if len(two) != len(three):
+        return {address: size // 3 for address, size in three.items()}
+    return {address: size - smaller for (address, size), smaller in zip(three.items(), two.values(), strict=True)}
+
+
+def _number(block: int | str, names: Sequence[str]) -> int:
+    """The number of a block that is given by number or name."""
+    if isinstance(block, str) and block in names:
+        return names.index(block)
+    if isinstance(block, int) and -len(names) <= block < len(names):
+        return block % len(names)
+    if isinstance(block, str):
+        raise ValueError(unknown("train_blocks", block, names))
+    raise ValueError(f"train_blocks: there is no block {block}; the network has blocks 0 to {len(names) - 1}")

@@ -1,0 +1,33 @@
+"""The code of docs/extend.md runs as it stands there, and what it makes learns."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ff_lightning import SFF, data
+from tests.conftest import small_net
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extend.md").read_text()
+SHAPE = {"num_classes": 10, "input_shape": (1, 8, 8)}
+
+
+@pytest.fixture(scope="module")
+def made():
+    names = {"__name__": "extend"}
+    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.S):
+        exec(block, names)
+    return names
+
+
+@pytest.mark.parametrize("what", ["GreedyLayers", "Focal", "SofterBelow", "MeanHead", "Ordinal"])
+def test_it_learns(what, made, make_trainer):
+    torch.manual_seed(0)
+    argument = {"Focal": "loss", "SofterBelow": "loss", "MeanHead": "head", "Ordinal": "task"}.get(what)
+    model = SFF(small_net(), **SHAPE, **{argument: made[what]}) if argument else made[what](**SHAPE)
+    trainer = make_trainer(max_epochs=4, limit_train_batches=1.0, limit_val_batches=1.0)
+    trainer.fit(model, data.Digits(batch_size=32))
+    logged = trainer.callback_metrics
+    assert logged["val/acc"] > (0.25 if what == "MeanHead" else 0.8)  # the means of four channels say little
+    assert ("val/distance" in logged) == (what == "Ordinal")
