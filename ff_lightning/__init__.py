@@ -1,6 +1,6 @@
 """Scalable Forward-Forward and local learning for any network, inside Lightning."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from ff_lightning.partition import partition
 
 if TYPE_CHECKING:
     from ff_lightning import data, tasks
+    from ff_lightning.inference import from_pretrained, load
     from ff_lightning.modules import SFF, Backprop, LocalLearner
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "PooledHead",
     "Update",
     "data",
+    "from_pretrained",
+    "load",
     "partition",
     "tasks",
 ]
@@ -36,4 +39,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"ff_lightning.{name}")
     if name in ("SFF", "Backprop", "LocalLearner"):
         return getattr(importlib.import_module("ff_lightning.modules"), name)
+    if name in ("load", "from_pretrained"):
+        return getattr(importlib.import_module("ff_lightning.inference"), name)
     raise AttributeError(f"module 'ff_lightning' has no attribute {name!r}")

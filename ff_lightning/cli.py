@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -19,9 +20,13 @@ from ff_lightning import __version__
 from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint
 from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
 from ff_lightning.commands.ckpt_path import find_checkpoint, read_checkpoint
+from ff_lightning.commands.export import main as export
+from ff_lightning.commands.predict import is_of_files
+from ff_lightning.commands.predict import main as predict
 from ff_lightning.commands.sheet import main as sheet
 from ff_lightning.heads import GoodnessHead, PooledHead
 from ff_lightning.modules import LocalLearner
+from ff_lightning.tasks import task_of_name
 from ff_lightning.training.checkpoint_io import is_remote
 from ff_lightning.training.trust import check_stored
 
@@ -72,7 +77,10 @@ class CLI(LightningCLI):
 
         def value(data: LightningDataModule) -> Any:
             given = self.config[self.subcommand].model.init_args.get(name)
-            return getattr(data, name, None) if given is None else given
+            if given is not None:
+                return given.as_dict() if isinstance(given, Namespace) else given  # a class with its arguments
+            own = getattr(data, name, None)
+            return type(task_of_name(own)).__name__ if name == "task" and isinstance(own, str) else own
 
         return value
 
@@ -145,6 +153,13 @@ class CLI(LightningCLI):
     before_validate = before_predict = before_test
 
 
+def _own_command(given: Sequence[str]) -> Callable[[Sequence[str]], None] | None:
+    """What runs without the Trainer, and so is no subcommand of LightningCLI."""
+    if is_of_files(given):
+        return predict
+    return {"sheet": sheet, "export": export}.get(given[0]) if given else None
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run a subcommand: fit, validate, test or predict, or sheet.
 
@@ -154,8 +169,9 @@ def main(args: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else list(args)
     with process_as_it_was(), in_one_line():
         sys.path.append(os.getcwd())  # the user's own classes; last, or a file there could stand for a package
-        if given[:1] == ["sheet"]:  # needs neither model nor trainer, which a subcommand of LightningCLI has
-            sheet(given[1:])
+        own = _own_command(given)
+        if own is not None:
+            own(given[1:])
             return
         check_configs(given)
         _Parser.given = given

@@ -4,7 +4,7 @@ Shapes: B batch, K scores, L blocks.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -312,6 +312,8 @@ class NextToken(Task):
         """The scores of all places but the last, and the tokens behind them."""
         return scores[..., :-1, :].float(), target[:, 1:]
 
+
+TaskName = Literal["Classification", "MultiLabel", "Regression", "NextToken", "Unlabelled"]
 
 TASKS: dict[str, type[Task]] = {
     cls.__name__.lower(): cls for cls in (Classification, MultiLabel, Regression, NextToken, Unlabelled)

@@ -46,3 +46,13 @@ class Hinton(LocalLearner):
                 of_layers.append(goodness)
             columns.append(torch.stack(of_layers))
         return torch.stack(columns, -1)
+
+
+class Focal(nn.Module):
+    def __init__(self, gamma: float = 2.0):
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(self, scores, target):
+        losses = F.cross_entropy(scores, target, reduction="none")
+        return ((1 - torch.exp(-losses)) ** self.gamma * losses).mean()

@@ -116,6 +116,11 @@ def test_numbers_may_be_categories_and_classes_are_in_the_order_of_their_numbers
     assert module.statistics == ([], [])
 
 
+def test_a_class_may_be_called_none(write):
+    module = ready(write(CSV.replace("dog", "none")), "kind", drop=["id"])
+    assert module.class_names == ["cat", "none"]
+
+
 def regression(write):
     rows = [f"{i},{i * i},{i % 2},{(i // 2) % 2 == 1}" for i in range(50)]
     return write("\n".join(["x,y,odd,half", *rows]))
@@ -140,6 +145,8 @@ def test_a_regression_keeps_the_unit_of_its_targets_unless_told(write):
 def test_several_labels_are_zeros_and_ones(write):
     module = ready(regression(write), ["odd", "half"], task="multilabel", drop=["y"])
     assert (module.num_classes, module.class_names, module.input_shape) == (2, ["odd", "half"], (1,))
+    one = ready(regression(write), "odd", task="multilabel", drop=["y", "half"])
+    assert one.train_set.targets.shape == (36, 1)
     (x, y), *_ = module.test_dataloader()
     mean, std = (values[0] for values in module.statistics)
     numbers = (x[:, 0] * std + mean).round().long()

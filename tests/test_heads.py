@@ -63,12 +63,14 @@ def test_traced_networks_take_batches_and_images_of_any_size(size):
         torch.testing.assert_close(exported(other), net(other))
 
 
-def test_a_model_can_be_pickled_and_keeps_the_users_network(tmp_path):
+def test_a_model_can_be_pickled_and_keeps_the_users_network(tmp_path, make_trainer, digits):
     network = plain_network()
     network[0] = nn.utils.weight_norm(network[0])  # which cannot be copied
     model = SFF(network, num_classes=10, input_shape=(1, 8, 8))
     assert {*network.parameters()} <= {*model.parameters()}
-    plain = SFF(plain_network(), num_classes=10, input_shape=(1, 8, 8)).eval()
+    plain = SFF(plain_network(), num_classes=10, input_shape=(1, 8, 8))
+    make_trainer(max_epochs=1).fit(plain, digits)
+    plain.eval()
     torch.save(plain, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     x = torch.randn(2, 1, 8, 8)

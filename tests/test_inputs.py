@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from sklearn.datasets import load_breast_cancer
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from ff_lightning import LocalNet, partition
-from ff_lightning.backbones import text
+from ff_lightning import SFF, Backprop, LocalNet, partition
+from ff_lightning.backbones import signal, text
 from ff_lightning.partition.inputs import Inputs
 
 GRANULARITIES = ["layer", "block", "stage"]
@@ -401,3 +403,125 @@ def test_networks_of_tokens_that_do_not_fit(changes, message):
 def test_a_text_that_is_too_long():
     with pytest.raises(ValueError, match=r"input_ids of shape \(1, 13\): must be of 12 ids or fewer"):
         text_net()(torch.zeros(1, 13, dtype=torch.int64))
+
+
+# ------------------------------------------------------------------------------------------------------- in Lightning
+
+
+def vectors():
+    table = load_breast_cancer()
+    x = (table.data - table.data.mean(0)) / table.data.std(0)
+    return torch.from_numpy(x).float(), torch.from_numpy(table.target)
+
+
+def waves():
+    """Waves of three frequencies, at any phase and under noise, in two channels."""
+    y = torch.arange(360) % 3
+    time = torch.arange(64) / 64 + torch.rand(360, 2, 1)
+    return torch.sin(2 * torch.pi * (3 + 3 * y[:, None, None]) * time) + 0.5 * torch.randn(360, 2, 64), y
+
+
+def sentences():
+    """The class is told by one of three tokens; in the padding behind the text are all of them."""
+    y = torch.arange(600) % 3
+    lengths = torch.randint(3, 10, (600,))
+    ids = torch.randint(3, 20, (600, 12))
+    ids[torch.arange(600), (torch.rand(600) * lengths).long()] = y
+    mask = torch.arange(12) < lengths[:, None]
+    return {"input_ids": torch.where(mask, ids, torch.arange(12) % 3), "attention_mask": mask.long()}, y
+
+
+def batches(x, y, size=40):
+    def part(rows):
+        return {name: value[rows] for name, value in x.items()} if isinstance(x, dict) else x[rows]
+
+    rows = torch.randperm(len(y)).split(size)
+    return DataLoader([(part(own), y[own]) for own in rows], batch_size=None)
+
+
+RUNS = {
+    "vectors": (vectors, lambda: {"backbone": "mlp", "num_classes": 2, "input_shape": (30,)}, 3),
+    "signals": (waves, lambda: {"backbone": signal(3, 2, 16), "num_classes": 3, "input_shape": (2, 64)}, 3),
+    "texts": (
+        sentences,
+        lambda: {
+            "backbone": text(3, 20, 12, width=32, depth=2),
+            **{"num_classes": 3, "input_shape": (12,), "vocabulary": 20},
+        },
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [SFF, Backprop])
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_on_each_kind_learns(kind, method, make_trainer):
+    make, arguments, epochs = RUNS[kind]
+    model = method(**arguments(), lr=5e-3)
+    loader = batches(*make())
+    trainer = make_trainer(max_epochs=epochs, limit_train_batches=1.0, limit_val_batches=1.0)
+    trainer.fit(model, loader, batches(*make()))
+    assert trainer.callback_metrics["val/acc"] > 0.9
+
+
+def test_manual_and_automatic_end_in_the_same_weights_for_texts(make_trainer):
+    ends = []
+    x, y = sentences()
+    for optimization in ("manual", "automatic"):
+        torch.manual_seed(0)
+        backbone = text(3, 20, 12, width=16, depth=2, heads=2, dropout=0.0)
+        model = SFF(backbone, 3, (12,), vocabulary=20, optimization=optimization, granularity="layer")
+        torch.manual_seed(0)
+        make_trainer(max_epochs=1, limit_train_batches=5).fit(model, batches(x, y))
+        ends.append(model.state_dict())
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+
+
+def test_inputs_in_order_come_from_a_loader_as_a_list(make_trainer):
+    """As torch's own collate makes them of ((ids, mask), class)."""
+    x, y = sentences()
+    loader = DataLoader([((ids, mask), k) for ids, mask, k in zip(*x.values(), y, strict=True)], batch_size=40)
+    for method in (SFF, Backprop):
+        model = method(Encoder(vocabulary=20), 10, (12,), vocabulary=20)
+        trainer = make_trainer(max_epochs=1)
+        trainer.fit(model, loader, loader)
+        assert trainer.callback_metrics["val/loss"].isfinite()
+        (scores, *_) = trainer.predict(model, loader)
+        assert scores.shape == (40, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x["input_ids"].float(), r"the inputs of a batch are torch.float32 of shape \(40, 12\): give ids"),
+        (lambda x: {**x, "input_ids": x["input_ids"] + 10}, r"input_ids holds \d+: vocabulary=20 allows 0 to 19"),
+        (lambda x: {**x, "attention_mask": x["attention_mask"][:, 1:]}, r"attention_mask of shape \(40, 11\)"),
+        (lambda x: {**x, "token_type_ids": x["input_ids"]}, r"the network was built for tensors \['input_ids'"),
+    ],
+)
+@pytest.mark.parametrize("method", [SFF, Backprop])
+def test_batches_of_texts_that_do_not_fit(method, change, message, make_trainer):
+    x, y = sentences()
+    x = change({name: value[:40] for name, value in x.items()})
+    model = method(text(3, 20, 12, width=8, depth=1, heads=2), 3, (12,), vocabulary=20)
+    with pytest.raises(ValueError, match=message):
+        make_trainer().fit(model, DataLoader([(x, y[:40])], batch_size=None))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"backbone": "cnn", "input_shape": (30,)},
+            r"must be \(C, H, W\).* for backbone='cnn'; for vectors there is 'mlp'",
+        ),
+        ({"backbone": "signal", "input_shape": (3, 8, 8)}, r"input_shape=\(3, 8, 8\): must be \(C, T\)"),
+        ({"backbone": "text", "input_shape": (8,)}, "backbone='text' needs the vocabulary"),
+        ({"backbone": "resnet18", "vocabulary": 9, "input_shape": (8,)}, "'resnet18' takes no token ids.*give 'text'"),
+        ({"backbone": "text", "vocabulary": 0, "input_shape": (8,)}, "vocabulary=0: must be at least 1"),
+    ],
+)
+def test_backbones_for_another_kind(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SFF(num_classes=3, **arguments)

@@ -156,3 +156,16 @@ def test_the_accuracy_of_training_is_that_of_the_vote(make_trainer, digits):
     trainer = make_trainer(max_epochs=1)
     trainer.fit(model, digits)
     assert trainer.callback_metrics["train/acc"] == pytest.approx(model.right.item())
+
+
+def test_tasks_and_losses_with_arguments_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    fit = ["fit", *quick, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
+    loss = ["--model.loss", "tests.hinton.Focal"]
+    main([*fit, *loss, "--model.loss.gamma", "1", "--model.task", "Classification", "--model.task.ignore_index", "3"])
+    path = str(next(tmp_path.rglob("*-acc*.ckpt")))
+    stored = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert (stored["loss"]["init_args"], stored["task"]["init_args"]["ignore_index"]) == ({"gamma": 1.0}, 3)
+    main(["test", *quick, "--ckpt_path", path])
+    assert "test accuracy" in capsys.readouterr().out

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 Stem = Literal["standard", "small"]
 
+_MODULE = "an nn.Module (in YAML: class_path and init_args)"
+_OTHERS = "for vectors there is 'mlp', for signals (C, T) 'signal', for token ids 'text'"
+
 
 def build_backbone(
     name: str,
@@ -46,11 +49,15 @@ def build_backbone(
     Raises:
         ValueError: If the name or the weights are not known, or the weights, the shape or the vocabulary do not fit.
     """
-    check_shape("input_shape", input_shape, name)
     check_whole("vocabulary", vocabulary, optional=True)
-    if (vocabulary is not None) != (name == "text"):
-        needs = "must be the number of token ids" if name == "text" else "must be None: it takes no token ids"
-        raise ValueError(f"vocabulary={vocabulary} for backbone={name!r}: {needs}")
+    if name != "text" and vocabulary is not None:
+        raise ValueError(f"backbone={name!r} takes no token ids (vocabulary={vocabulary}): give 'text', or {_MODULE}")
+    if name == "text" and vocabulary is None:
+        raise ValueError("backbone='text' needs the vocabulary, the number of token ids, and input_shape=(T,)")
+    try:
+        check_shape("input_shape", input_shape, name)
+    except ValueError as error:
+        raise ValueError(f"{error} for backbone={name!r}; {_OTHERS}") from None
     model = _build(name, num_classes, input_shape, vocabulary)
     if weights is not None:
         load_weights(model, read_weights(name, weights))
@@ -89,7 +96,6 @@ def _build(name: str, num_classes: int, shape: Sequence[int], vocabulary: int | 
             "backbone",
             name,
             known,
-            f"one of {list(own)}, the name of a torchvision model, 'timm/NAME', or an nn.Module (in YAML: class_path "
-            "and init_args)",
+            f"one of {list(own)}, the name of a torchvision model, 'timm/NAME', or {_MODULE}",
         )
     )

@@ -55,7 +55,7 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
 
     Attributes:
         task: ``"classification"``: targets are numbers of classes, int64 (B,). ``"multilabel"``: zeros and ones,
-            float32 (B, K). ``"regression"``: numbers, float32 (B,) or (B, K).
+            float32 (B, K). ``"regression"``: numbers, float32 (B,) or (B, K). See `ff_lightning.tasks`.
         class_names: Names of the classes in the order of their numbers; of the labels or outputs in other tasks.
         num_classes: K, the number of them.
         input_shape: Shape of a sample.

@@ -100,16 +100,17 @@ def numbers_of(column: Column, place: Callable[[int], str]) -> Column:
 
 
 def targets_of(records: Records, target: list[str] | str, task: str) -> tuple[Targets, list[str] | None]:
-    """The targets of a table: names of classes (N,), or float32 (N,) for one column and (N, K) for several.
+    """The targets of a table: names of classes (N,), labels (N, K), or numbers (N,) of a column and (N, K) of several.
 
     Returns:
-        The targets; and the columns, where they are outputs.
+        The targets, names as text, others float32; and the columns, where they are outputs.
 
     Raises:
         ValueError: If a column is missing or there is no name, number, 0 or 1 in a row of it.
     """
-    if isinstance(target, str):
+    if isinstance(target, str) and task != "multilabel":
         return _target(records, target, task), None if task == "classification" else [target]
+    target = [target] if isinstance(target, str) else target
     if task == "classification" or not target or not all(isinstance(name, str) for name in target):
         allowed = "the name of a column" if task == "classification" else "a name or names of columns"
         raise ValueError(f"target={shown(target)}: must be {allowed} for task={task!r}")
@@ -123,7 +124,8 @@ def _target(records: Records, name: str, task: str) -> Targets:
         return f"{records.path}, {records.unit} {records.lines[row]}, column {name!r}"
 
     for row, value in enumerate(column):
-        if is_missing(value):
+        a_name = task == "classification" and isinstance(value, str)  # a class may be called none
+        if not value.strip() if a_name else is_missing(value):
             raise ValueError(f"{place(row)}: there is no target")
     if task == "classification":
         names = np.array([as_name(value) for value in column], object)

@@ -79,6 +79,11 @@ def class_files(folder: str | Path, endings: tuple[str, ...]) -> tuple[list[str]
     return [path for path, _ in pairs], [name for _, name in pairs]
 
 
+def files_below(folder: str | Path, endings: tuple[str, ...]) -> list[str]:
+    """Paths of the samples in a folder and below, as `Listing` has them."""
+    return _files_below(str(folder), frozenset(), endings, Counter())
+
+
 def _files_below(
     folder: str, above: frozenset[Identity], endings: tuple[str, ...], passed_over: Counter[str]
 ) -> list[str]:

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.local.updates import Update, deliver
-from ff_lightning.tasks import Task, Unlabelled
+from ff_lightning.tasks import Task, TaskName, Unlabelled
 from ff_lightning.training import checks
 from ff_lightning.training.factories import to_factory, to_task
 from ff_lightning.training.kept import kept
@@ -87,7 +87,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,
         vocabulary: int | None = None,
-        task: str | Callable[[], Task] | None = None,
+        task: TaskName | Callable[[], Task] | None = None,
         metrics: list[str] | None = None,
         optimizer: OptimizerCallable | None = None,
         lr: float | None = None,
@@ -256,6 +256,10 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
             if any(state.untyped_storage().data_ptr() == storage for state in own):
                 return k
         return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The model alone: what belongs to a run is not copied with it."""
+        return {**super().__getstate__(), "stepper": None}
 
     def configure_callbacks(self) -> list[Any]:
         """Answer the Trainer flags that manual optimization cannot serve, before Lightning refuses them."""

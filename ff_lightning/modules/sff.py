@@ -63,7 +63,7 @@ class SFF(LocalLearner):
         head: Literal["pooled", "deep", "paper"] | HeadFactory = "pooled",
         norm: Norm = "layer",
         vote: Literal["mean", "depth", "last", "log_softmax"] = "mean",
-        loss: str | Callable[[], nn.Module] | None = None,
+        loss: Literal["logsumexp", "similarity", "predsim", "supcon"] | Callable[[], nn.Module] | None = None,
         label_smoothing: float = 0.0,
         reach: int = 1,
         train_blocks: list[int | str] | None = None,

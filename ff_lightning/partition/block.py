@@ -15,6 +15,7 @@ from ff_lightning.partition.ops import Op
 from ff_lightning.partition.trace import Call, evaluating
 from ff_lightning.partition.whole import nodes_in, undivided_calls
 from ff_lightning.util.memory import saved_for_backward
+from ff_lightning.util.torch_private import leave_out_of_state, own_buffers
 
 State = Tensor | tuple[Any, ...]
 
@@ -92,8 +93,8 @@ def build_blocks(features: Features, cuts: Sequence[int]) -> list[Block]:
         body = fx.GraphModule(features.model, graph)
         for name, module in body.named_modules():
             if module not in of_model:
-                keys = {key for key in module._buffers if f"{name}.{key}".removeprefix(".") not in stored}
-                module._non_persistent_buffers_set |= keys  # constants of the code, no state of the network
+                keys = {key for key in own_buffers(module) if f"{name}.{key}".removeprefix(".") not in stored}
+                leave_out_of_state(module, keys)  # constants of the code, no state of the network
         block = Block(name_of(start, end), body, features.channel_dim(main))
         with evaluating(block):
             state = _run_untouched(block, state)

@@ -16,6 +16,7 @@ from ff_lightning.partition.features import Features
 from ff_lightning.partition.trace import evaluating, first_line
 from ff_lightning.partition.untouched import Snapshot, same_random
 from ff_lightning.partition.whole import CannotDivideError
+from ff_lightning.util.torch_private import has_forward_hooks
 
 _CHEAP = 20_000_000  # values that a network makes of one image, up to which it is also run in training: a ResNet50
 
@@ -192,7 +193,7 @@ def _warn_of_unserved(
     features: Features, blocks: Sequence[Block], changed: dict[str, list[str]], unmoved: Sequence[str]
 ) -> None:
     divided = _divided(features, blocks)
-    hooked = [name for name in divided if _has_hooks(features.model.get_submodule(name))]
+    hooked = [name for name in divided if has_forward_hooks(features.model.get_submodule(name))]
     if hooked:
         warnings.warn(
             f"borders run through {_listed(hooked)}: the blocks do not run the forward hooks of that module",
@@ -218,12 +219,8 @@ def _divided(features: Features, blocks: Sequence[Block]) -> list[str]:
     return [name for name in names if features.model.get_submodule(name) not in held]
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _why(features: Features, blocks: Sequence[Block]) -> str:
-    hooked = [name for name in _divided(features, blocks) if _has_hooks(features.model.get_submodule(name))]
+    hooked = [name for name in _divided(features, blocks) if has_forward_hooks(features.model.get_submodule(name))]
     if hooked:
         return f"borders run through {_listed(hooked)}, so that its forward hooks do not run"
     return "a border runs through Python code whose effect is not seen in its operations"

@@ -4,13 +4,14 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ff_lightning.partition.inputs import Inputs
 from ff_lightning.partition.untouched import remember
+from ff_lightning.util.torch_private import original_of_compiled
 
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "setitem")
 _FRAMES = 20  # of Python, for each level of nested modules while tracing
@@ -71,15 +72,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
             )
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif _is_compiled(model):
-            model = cast(nn.Module, model._orig_mod)
+        elif (original := original_of_compiled(model)) is not None:
+            model = original
         else:
             return model
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether it is what `torch.compile` returned for a module: that has no public class, but this one child."""
-    return isinstance(module._modules.get("_orig_mod"), nn.Module)
 
 
 # Functions for `x += y` and its like: fx records them as `x = x + y`, another thing where x has a second name.
@@ -174,7 +170,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         childless = not any(True for _ in m.children())
-        opaque = isinstance(m, torch.jit.ScriptModule) or _is_compiled(m)
+        opaque = isinstance(m, torch.jit.ScriptModule) or original_of_compiled(m) is not None
         closed = module_qualified_name in self.closed
         return childless or opaque or closed or super().is_leaf_module(m, module_qualified_name)
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ff_lightning.util.torch_private import own_buffers
+
 _CONTAINERS = (list, dict, set, deque)
 _OF_TORCH = nn.Module().__dict__.keys()  # parameters, buffers, modules, hooks: what torch gives to each module
 
@@ -35,7 +37,7 @@ class Snapshot:
         self._buffers = {
             name: {key: (buffer, None if buffer is None else buffer.detach().clone()) for key, buffer in buffers}
             for name, module in self.modules.items()
-            if (buffers := list(module._buffers.items()))
+            if (buffers := list(own_buffers(module).items()))
         }
 
     def added(self) -> set[str]:
@@ -62,7 +64,7 @@ class Snapshot:
         self.modules[""].__dict__.update(self.constants)
         with torch.no_grad():
             for name, buffers in self._buffers.items():
-                own = self.modules[name]._buffers
+                own = own_buffers(self.modules[name])
                 for key in [key for key in own if key not in buffers]:
                     del own[key]
                 for key, (buffer, value) in buffers.items():

@@ -3,10 +3,11 @@
 import functools
 from typing import Any, cast
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
+from torch.optim import Optimizer
 
 given_hyperparameters = _given_hyperparameters
 """Where the command line leaves what it was told of a model, to be stored; the constructor sees what was made of it."""
@@ -50,3 +51,26 @@ def count_step(trainer: Trainer) -> None:
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     progress.increment_ready()
     progress.increment_completed()
+
+
+def logs_are_due(trainer: Trainer) -> bool:
+    """Whether the loggers are told of the step that runs."""
+    return cast(Any, trainer)._logger_connector.should_update_logs
+
+
+def before_step(module: LightningModule, optimizer: Optimizer) -> None:
+    """What Lightning does between a backward and a step: hooks and clipping."""
+    module.trainer.precision_plugin._after_closure(module, optimizer)
+
+
+def load_loader_states(trainer: Trainer) -> None:
+    """Tell loaders where they were interrupted: Lightning tells those only that it makes after it read a checkpoint."""
+    loop = cast(Any, trainer.fit_loop)
+    if loop._combined_loader_states_to_load:
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)
+
+
+def train_loaders(trainer: Trainer) -> list[Any]:
+    """The loaders of the training data."""
+    return list(cast(Any, trainer.fit_loop)._combined_loader.flattened)

@@ -15,6 +15,7 @@ from ff_lightning.tasks import Task, Unlabelled
 from ff_lightning.training.averaging import broadcast_buffers
 from ff_lightning.training.batches import Inputs, check_has_target, check_inputs, split_batch
 from ff_lightning.training.kept import KeepsHooks, kept
+from ff_lightning.training.lightning_private import logs_are_due
 from ff_lightning.training.metrics import UnitFigures, UnitLosses
 
 
@@ -122,7 +123,7 @@ class Reporting(KeepsHooks, LightningModule):
         """Collect the losses on the device; logged, and checked, only when the loggers are due."""
         self.train_losses.update(self._units_of_batch, torch.stack(self._losses_of_batch))
         self._units_of_batch, self._losses_of_batch = [], []
-        if self.trainer._logger_connector.should_update_logs:
+        if logs_are_due(self.trainer):
             self._log_losses()
 
     def _log_losses(self) -> None:

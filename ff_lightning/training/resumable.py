@@ -7,6 +7,7 @@ from typing import Any
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
+from ff_lightning import __version__
 from ff_lightning.training import checks, matching, resume
 from ff_lightning.training.checkpoint_io import WholeCheckpointIO
 from ff_lightning.training.kept import kept
@@ -100,6 +101,13 @@ class Resumable(Reporting):
                 {name: value for name, value in self.hparams.items() if not name.startswith("_")}, strict=False
             ),
             "data": self.trained_on,
+            "model": {
+                "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
+                "num_classes": self.num_classes,
+                "input_shape": list(self.input_shape),
+                "task": type(self.task).__name__,
+            },
+            "version": __version__,
             "window": self._window,
             "frozen": [name for name, parameter in self.named_parameters() if not parameter.requires_grad],
             "random": resume.random_states(trainer.world_size),

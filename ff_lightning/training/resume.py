@@ -17,6 +17,7 @@ from torch import nn
 
 from ff_lightning.data.loaders import EpochSampler, ResumableLoader
 from ff_lightning.training.averaging import Averaging
+from ff_lightning.training.lightning_private import load_loader_states, train_loaders
 
 
 def restore_window(trainer: Trainer, window: int, waiting: bool) -> None:
@@ -63,10 +64,8 @@ def restore_position(trainer: Trainer) -> None:
     before the checkpoint was read.
     """
     loop = cast(Any, trainer.fit_loop)
-    if loop.restarting and loop._combined_loader_states_to_load:
-        loop._load_combined_loader_states()
-        iter(loop._data_fetcher)
     if loop.restarting:
+        load_loader_states(trainer)
         _count_batches_anew(trainer, loop)
 
 
@@ -75,7 +74,7 @@ def _count_batches_anew(trainer: Trainer, loop: Any) -> None:
 
     A Trainer goes on with the number that it had: the epoch would end too early, or without its validation.
     """
-    (loader, *others) = loop._combined_loader.flattened
+    (loader, *others) = train_loaders(trainer)
     if others or not isinstance(loader, ResumableLoader) or not isinstance(loader.sampler, EpochSampler):
         return
     position = loader.interrupted

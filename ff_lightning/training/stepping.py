@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ff_lightning.training.averaging import Averaging
-from ff_lightning.training.lightning_private import count_step
+from ff_lightning.training.lightning_private import before_step, count_step
 
 
 class Stepper:
@@ -66,7 +66,7 @@ class Stepper:
                 self.scaler.update()
             if not unscales_by_itself(optimizer):
                 self.scaler.unscale_(optimizer)
-            self.module.trainer.precision_plugin._after_closure(self.module, optimizer)
+            before_step(self.module, optimizer)
             self.scaler.step(optimizer)
         optimizer.zero_grad()
         self.stepped.add(unit)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -18,3 +18,24 @@ def without_tensor_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for tensor, own in hooks:
             tensor._backward_hooks = own
+
+
+def original_of_compiled(module: nn.Module) -> nn.Module | None:
+    """The module that `torch.compile` was given for this one, which has no public class; None: it was not."""
+    original = module._modules.get("_orig_mod")
+    return original if isinstance(original, nn.Module) else None
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that its call runs."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers of a module itself: what is changed here is changed there."""
+    return module._buffers
+
+
+def leave_out_of_state(module: nn.Module, buffers: Iterable[str]) -> None:
+    """Keep buffers of a module out of its state dict."""
+    module._non_persistent_buffers_set |= set(buffers)

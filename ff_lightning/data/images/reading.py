@@ -57,7 +57,7 @@ def load_image(path: str | Path) -> Image.Image:
             if (factor := _too_large_by(image)) > 1:
                 image.draft(None, (image.width // factor, image.height // factor))  # of effect on JPEG files alone
             image.load()
-            return _reduced(_eight_bits(_upright(image))).convert("RGB")
+            return _reduced(eight_bits(_upright(image))).convert("RGB")
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise OSError(f"cannot read the image {printable(path)}: {error}") from error
 
@@ -89,7 +89,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def eight_bits(image: Image.Image) -> Image.Image:
     """Pillow cuts off what is above 255 when it converts deep grey values: they are scaled instead."""
     if not image.mode.startswith(("I", "F")):
         return image
