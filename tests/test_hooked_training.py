@@ -1,6 +1,8 @@
 """LocalNet and SFF on networks that run by their own forward."""
 
 import copy
+import re
+from pathlib import Path
 
 import lightning
 import pytest
@@ -180,6 +182,30 @@ def test_bfloat16():
     for k in range(3):
         one, other = (torch.cat([g.flatten() for n, g in of.items() if f"s.{k}." in n]) for of in (rough, exact))
         assert F.cosine_similarity(one, other, 0) > 0.98
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("marker", ["DistilBertConfig(", "GPT2Config("])
+def test_the_code_of_the_docs(marker):
+    text = (Path(__file__).parents[1] / "docs/networks.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.S) if marker in block]
+    names = {}
+    exec(code.replace(marker, f"{marker}n_embd=32, n_head=2, " if "GPT2" in marker else f"{marker}dim=24, "), names)
+    assert len(getattr(names["model"], "net", names.get("net")).blocks) == 3
+
+
+def test_float16_gradients_are_computed_at_the_scale_of_the_run():
+    """They do not underflow: the scale is there in the backward of each block, and divided out but once."""
+    net, inputs = local_net("vit")
+    net.loss(inputs, Y).backward()
+    exact = gradients(net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    seen = []
+    net.heads[0].classes.register_full_backward_hook(lambda module, to_input, arriving: seen.append(arriving[0].norm()))
+    net.loss(inputs, Y)
+    scaler.scale(net.loss(inputs, Y, scaler)).backward()
+    torch.testing.assert_close(seen[1], 1024 * seen[0])
+    same({name: gradient / 1024 for name, gradient in gradients(net).items()}, exact)
 
 
 def causal_net():
