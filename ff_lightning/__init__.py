@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ff_lightning.heads import GoodnessHead, PooledHead
+from ff_lightning.local.exits import EarlyExit
 from ff_lightning.local.net import LocalNet
 from ff_lightning.local.objectives import Objective
 from ff_lightning.local.updates import Update
@@ -14,11 +15,13 @@ from ff_lightning.partition import partition
 if TYPE_CHECKING:
     from ff_lightning import data, tasks
     from ff_lightning.inference import from_pretrained, load
-    from ff_lightning.modules import SFF, Backprop, LocalLearner
+    from ff_lightning.modules import FF, SFF, Backprop, LocalLearner
 
 __all__ = [
+    "FF",
     "SFF",
     "Backprop",
+    "EarlyExit",
     "GoodnessHead",
     "LocalLearner",
     "LocalNet",
@@ -37,7 +40,7 @@ def __getattr__(name: str) -> Any:
     """Import what needs Lightning when it is asked for: plain PyTorch users do not wait for it."""
     if name in ("data", "tasks"):
         return importlib.import_module(f"ff_lightning.{name}")
-    if name in ("SFF", "Backprop", "LocalLearner"):
+    if name in ("FF", "SFF", "Backprop", "LocalLearner"):
         return getattr(importlib.import_module("ff_lightning.modules"), name)
     if name in ("load", "from_pretrained"):
         return getattr(importlib.import_module("ff_lightning.inference"), name)

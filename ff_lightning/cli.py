@@ -13,17 +13,20 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ff_lightning import __version__
 from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint
+from ff_lightning.callbacks.table import LogShortEpochs
 from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
 from ff_lightning.commands.ckpt_path import find_checkpoint, read_checkpoint
 from ff_lightning.commands.export import main as export
 from ff_lightning.commands.predict import is_of_files
 from ff_lightning.commands.predict import main as predict
 from ff_lightning.commands.sheet import main as sheet
+from ff_lightning.commands.start import EPOCHS, help_of, init
 from ff_lightning.heads import GoodnessHead, PooledHead
 from ff_lightning.modules import LocalLearner
 from ff_lightning.tasks import task_of_name
@@ -94,17 +97,21 @@ class CLI(LightningCLI):
         _Parser.commands = self._subcommand_parsers
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; what a checkpoint says of its model and data replaces defaults, not the user's own arguments."""
-        super().parse_arguments(parser, args)
-        subcommand = self.config.subcommand
+        """Parse; what a checkpoint says of its model and data replaces defaults, not the user's own arguments.
+
+        A class that is asked for brings its own defaults: jsonargparse would keep those of the default class.
+        """
+        given = sys.argv[1:] if args is None else args
+        first = parser.parse_args([argument for argument in given if not argument.startswith("--print_config")])
+        subcommand = first.subcommand
         try:
-            path = self._ckpt_path(self.config[subcommand])
-            defaults = {} if path is None else self._stored_in(read_checkpoint(path))
+            path = self._ckpt_path(first[subcommand])
+            stored = {} if path is None else self._stored_in(read_checkpoint(path), first[subcommand])
         except ValueError as error:
             parser.error(str(error))
-        if defaults:
-            self._subcommand_parsers[subcommand].set_defaults(defaults)
-            super().parse_arguments(parser, args)
+        chosen = {part: {"class_path": first[subcommand][part].class_path} for part in ("model", "data")}
+        self._subcommand_parsers[subcommand].set_defaults({**chosen, **stored})
+        super().parse_arguments(parser, args)
         if path is not None:
             self.config[subcommand].ckpt_path = path
 
@@ -117,7 +124,7 @@ class CLI(LightningCLI):
             return None
         return path if is_remote(path) else str(Path(path).expanduser())
 
-    def _stored_in(self, checkpoint: Any) -> dict[str, Any]:
+    def _stored_in(self, checkpoint: Any, config: Any) -> dict[str, Any]:
         """Model and data of a checkpoint that was written by the command line, if it may name what it names."""
         found = {}
         for part, key, kind in (
@@ -125,7 +132,7 @@ class CLI(LightningCLI):
         ):  # fmt: skip
             stored = checkpoint.get(key, {})
             if "_class_path" in stored:
-                check_stored(part, stored, kind, self.config[self.config.subcommand].get(part))
+                check_stored(part, stored, kind, config.get(part))
                 arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
                 found[part] = {"class_path": stored["_class_path"], "init_args": arguments}
         return found
@@ -138,7 +145,14 @@ class CLI(LightningCLI):
         settings = self.config_init[self.subcommand].trainer
         if settings.enable_checkpointing is False or settings.barebones:
             self._parser(self.subcommand).callback_keys = []
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        given = (settings.max_epochs, settings.max_time, None if settings.max_steps == -1 else settings.max_steps)
+        if self.subcommand == "fit" and given == (None, None, None) and not settings.fast_dev_run:
+            trainer.fit_loop.max_epochs = EPOCHS
+            rank_zero_info(f"training for {EPOCHS} epochs, since no --trainer.max_epochs was given")
+        if settings.log_every_n_steps is None:
+            cast(Any, trainer).callbacks.append(LogShortEpochs())
+        return trainer
 
     def before_fit(self) -> None:
         """Follow the learning rates, where there is a logger for them."""
@@ -157,11 +171,11 @@ def _own_command(given: Sequence[str]) -> Callable[[Sequence[str]], None] | None
     """What runs without the Trainer, and so is no subcommand of LightningCLI."""
     if is_of_files(given):
         return predict
-    return {"sheet": sheet, "export": export}.get(given[0]) if given else None
+    return {"sheet": sheet, "export": export, "init": init}.get(given[0]) if given else None
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a subcommand: fit, validate, test or predict, or sheet.
+    """Run a command: fit, validate, test, predict, export, sheet or init.
 
     Args:
         args: What follows ``ff-lightning`` on the command line. None: the command line of the process.
@@ -173,11 +187,18 @@ def main(args: Sequence[str] | None = None) -> None:
         if own is not None:
             own(given[1:])
             return
+        text = help_of(given, subclasses(LocalLearner, LightningDataModule))
+        if text is not None:
+            print(text)
+            return
+        given = ["--help" if argument == "--help_all" else argument for argument in given]
         check_configs(given)
         _Parser.given = given
         tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
         tips.addFilter(lambda record: "Tip:" not in str(record.msg))
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")  # see LogShortEpochs
         # each test writes a folder of its own
         warnings.filterwarnings("ignore", message="The dirpath has changed from")
         CLI(
@@ -192,7 +213,7 @@ def main(args: Sequence[str] | None = None) -> None:
             parser_class=_Parser,
             parser_kwargs={
                 "version": __version__,
-                "epilog": "ff-lightning sheet --help: look at the images of a data set",
+                "epilog": "Without the Trainer: ff-lightning init, export, sheet, and predict --data.root FOLDER",
             },
-            args=None if args is None else list(args),
+            args=given,
         )

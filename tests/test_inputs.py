@@ -1,6 +1,8 @@
 """Networks for anything but images: vectors, signals, volumes, token ids with a padding mask, several inputs."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -525,3 +527,24 @@ def test_batches_of_texts_that_do_not_fit(method, change, message, make_trainer)
 def test_backbones_for_another_kind(arguments, message):
     with pytest.raises(ValueError, match=message):
         SFF(num_classes=3, **arguments)
+
+
+def test_the_code_of_the_page_on_inputs_runs():
+    page = (Path(__file__).parents[1] / "docs/inputs.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.S):
+        exec(block, names)
+    assert [block.name for block in names["model"].net.blocks] == ["embed", "layers.0", "layers.1"]
+    assert names["scores"].shape == (8, 10)
+
+
+def test_backprop_goes_on_from_blocks_that_sff_trained_on_texts():
+    x, _ = sentences()
+    x = {name: value[:8] for name, value in x.items()}
+    network = text(3, 20, 12, width=16, depth=2, heads=2, dropout=0.0)
+    local = SFF(network, 3, (12,), vocabulary=20).net
+    after = Backprop(copy.deepcopy(network), 3, (12,), vocabulary=20, norm="layer").eval()
+    seen = []
+    after.net.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    after(x)
+    torch.testing.assert_close(seen[0], local.eval().representation(x)[:, -16:])

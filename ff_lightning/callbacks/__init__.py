@@ -3,5 +3,6 @@
 from ff_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from ff_lightning.callbacks.greedy import GreedyBlocks
 from ff_lightning.callbacks.table import BlockTable
+from ff_lightning.callbacks.thresholds import Thresholds
 
-__all__ = ["BestCheckpoint", "BlockTable", "GreedyBlocks", "LastCheckpoint"]
+__all__ = ["BestCheckpoint", "BlockTable", "GreedyBlocks", "LastCheckpoint", "Thresholds"]

@@ -33,7 +33,7 @@ class GreedyBlocks(Callback):
         if stage != "fit":
             return
         learner = _learner(pl_module)
-        blocks = len(learner.unit_names)
+        blocks = len(learner.net.blocks)
         if trainer.max_epochs != blocks * self.epochs_per_block:
             raise ValueError(
                 f"GreedyBlocks(epochs_per_block={self.epochs_per_block}) trains {blocks} blocks in "

@@ -3,7 +3,7 @@
 Shapes: B batch, C channels, H x W or T positions.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +19,11 @@ from ff_lightning.partition.trace import evaluating
 Norm = Literal["layer", "channel", "length", "none"]
 
 
+def norm_for(norm: Norm, inputs: Inputs) -> Norm:
+    """The norm for a kind of input: for tokens layer is channel, so that they do not see each other, nor padding."""
+    return "channel" if norm == "layer" and (inputs.tokens or inputs.mask) else norm
+
+
 def normalise(h: Tensor, norm: Norm, channel_dim: int, mask: Tensor | None = None) -> Tensor:
     """Normalise the output of a block, in its own dtype also where autocast widens a norm.
 
@@ -26,13 +31,12 @@ def normalise(h: Tensor, norm: Norm, channel_dim: int, mask: Tensor | None = Non
         h: (B, ...), floating.
         norm: See `ff_lightning.LocalNet`.
         channel_dim: The dimension that counts channels.
-        mask: For tokens (B, T, C) or (B, C, T): (B, T), bool, false at what is only padding and has no part in a norm:
-            layer is then channel, and length that of the tokens alone.
+        mask: For tokens (B, T, C) or (B, C, T): (B, T), bool, false at what is only padding and has no part in length.
 
     Returns:
         The same shape and dtype.
     """
-    if norm == "channel" or (norm == "layer" and mask is not None):
+    if norm == "channel":
         return F.layer_norm(h.movedim(channel_dim, -1), (h.shape[channel_dim],)).movedim(-1, channel_dim).to(h.dtype)
     if norm == "layer":
         return F.group_norm(h, 1).to(h.dtype)  # one group: a layer norm, in a third of the time on a CPU
@@ -112,11 +116,15 @@ class Chain:
     mode: Callable[[int], AbstractContextManager[None]] = lambda k: nullcontext()
     """The mode of each block."""
 
-    def run(self, values: Sequence[Tensor], of_block: OfBlock, borders: Container[int]) -> Iterator[Tensor]:
+    def run(
+        self, values: Sequence[Tensor], of_block: OfBlock, borders: Container[int]
+    ) -> Generator[Tensor, Tensor | None, None]:
         """What a function makes of one block after the other, called in the mode of the block.
 
         The next block runs when its result is asked for; blocks that run as parts of their network's own forward have
         all run before the first result.
+
+        Where a mask of the samples (B,) is sent to it, the others do not go on to the next block.
 
         Args:
             values: What enters the network.
@@ -134,8 +142,11 @@ class Chain:
                 state, features = run_block(k, block, state, self.norm, k in borders, self.for_head, masks[k])
                 result = of_block(k, features, masks[k])
             del features  # neither the output of this block nor its loss is to be alive while the next one runs
-            yield result
+            stay = yield result
             del result
+            if stay is not None:
+                state = _narrowed(state, stay)
+                masks = [mask if mask is None else mask[stay] for mask in masks]
 
     def _results_of_hooks(
         self,
@@ -162,6 +173,14 @@ class Chain:
 def state_of(values: Sequence[Tensor]) -> State:
     """What enters the first block."""
     return tuple(values) if len(values) > 1 else values[0]
+
+
+def _narrowed(state: State, stay: Tensor) -> State:
+    """The state of some of the samples; what crosses a border besides its main output may belong to no sample."""
+    if isinstance(state, Tensor):
+        return state[stay]
+    of_samples = (isinstance(part, Tensor) and part.ndim > 0 and len(part) == len(stay) for part in state)
+    return tuple(part[stay] if is_one else part for part, is_one in zip(state, of_samples, strict=True))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ff_lightning.heads import HEADS, HeadFactory, check_head
 from ff_lightning.heads.factory import with_mask
 from ff_lightning.heads.layers import position_means, without_padding
 from ff_lightning.local.blocks import LocalBlocks, by_hooks
-from ff_lightning.local.chain import Chain, Norm, OfBlock, held
+from ff_lightning.local.chain import Chain, Norm, OfBlock, held, norm_for
 from ff_lightning.local.objectives import Loss, Objective, check_loss, checked_loss
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.votes import VOTES
@@ -45,8 +45,8 @@ class LocalNet(LocalBlocks):
             padding see `ff_lightning.heads.HeadFactory`.
         norm: What the next block sees of a block's output: normalised over all features of a sample (``"layer"``),
             over the channels of each position (``"channel"``), divided by its root mean square (``"length"``), or as
-            it is (``"none"``). The head sees it as it is. Padding has no part in a norm: where there is a mask, layer
-            is channel, as transformers have it; so it is for token ids, which may be hidden from those before them.
+            it is (``"none"``). The head sees it as it is. For token ids, and where there is a mask, layer is channel as
+            in transformers: neither padding nor a token that others are not to see has a part in their norm.
         vote: How the blocks decide together: ``"mean"`` of goodness, mean weighted by ``"depth"``, ``"last"`` block,
             mean ``"log_softmax"``.
         input_shape: Of a sample: (C, H, W) of an image, (F,) of a vector, (C, T) of a signal, (C, D, H, W) of a volume,
@@ -120,7 +120,7 @@ class LocalNet(LocalBlocks):
         self.loss_factory = loss
         self.num_classes = num_classes
         self.inputs = Inputs.of(model, example, vocabulary, longest)
-        self.norm: Norm = "channel" if norm == "layer" and self.inputs.tokens else norm
+        self.norm = norm_for(norm, self.inputs)
         self.vote = vote
         self.reach = reach
         self.passes = 0
@@ -167,7 +167,8 @@ class LocalNet(LocalBlocks):
     def local_goodness(self, x: Example) -> Iterator[Tensor]:
         """The goodness (B, K) of one block after the other; the next block runs when it is asked for.
 
-        Only the graph of the block and its head hangs on each.
+        Only the graph of the block and its head hangs on each. A mask (B,) that is sent to the generator chooses the
+        samples that go on to the next block.
 
         Args:
             x: Images, (B, C, H, W).
@@ -339,6 +340,8 @@ class LocalNet(LocalBlocks):
         return self.decide(self.goodness(x))
 
     def decide(self, goodness: Tensor) -> Tensor:
-        """The vote of the blocks: goodness (L, B, K) -> scores (B, K)."""
-        voters = sorted(self.voters) if self.voters is not None else range(len(goodness))
-        return VOTES[self.vote](goodness if self.voters is None else goodness[voters], voters)
+        """The vote of the blocks, or of the first of them: goodness (L, B, K) -> scores (B, K)."""
+        if self.voters is None:
+            return VOTES[self.vote](goodness, range(len(goodness)))
+        voters = [k for k in sorted(self.voters) if k < len(goodness)]
+        return VOTES[self.vote](goodness[voters], voters) if voters else torch.zeros_like(goodness[0])

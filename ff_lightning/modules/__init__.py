@@ -2,6 +2,7 @@
 
 from ff_lightning.modules.backprop import Backprop
 from ff_lightning.modules.base import LocalLearner
+from ff_lightning.modules.ff import FF
 from ff_lightning.modules.sff import SFF
 
-__all__ = ["SFF", "Backprop", "LocalLearner"]
+__all__ = ["FF", "SFF", "Backprop", "LocalLearner"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ff_lightning.backbones import Stem
 from ff_lightning.heads.layers import position_means
-from ff_lightning.local.chain import Chain, Norm
+from ff_lightning.local.chain import Chain, Norm, norm_for
 from ff_lightning.local.updates import Update
 from ff_lightning.modules.base import LocalLearner
 from ff_lightning.partition import Block, Example, Granularity, Inputs, cut
@@ -35,7 +35,7 @@ class NormedBlocks(nn.Module):
         super().__init__()
         blocks, self.hooked = cut(model, granularity, example)
         self.blocks = nn.ModuleList(blocks)
-        self.norm = norm
+        self.norm = norm_for(norm, inputs)
         self.inputs = inputs
         self.classifier = nn.Linear(blocks[-1].map_shape[0], num_classes)
 

@@ -14,7 +14,7 @@ Shapes: B batch, K scores, U units.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -81,6 +81,10 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
     Raises:
         ValueError: If an argument is out of its range or not known.
     """
+
+    overlaps_steps = False
+    """Whether, on several processes, a unit may step while the next update is computed: only where no update needs the
+    step of the one before, so that each unit comes once in a batch."""
 
     def __init__(
         self,
@@ -182,11 +186,14 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         """The trainable parameters of each unit."""
         return [[p for module in modules for p in module.parameters() if p.requires_grad] for modules in self._units]
 
-    def build_backbone(self, backbone: str | nn.Module, stem: Stem, weights: str | None) -> nn.Module:
-        """The network itself, or the one of this name for the shape of the samples; see `ff_lightning.backbones`."""
+    def build_backbone(
+        self, backbone: str | nn.Module, stem: Stem, weights: str | None, input_shape: Sequence[int] | None = None
+    ) -> nn.Module:
+        """The network itself, or the one of this name for samples of a shape, that of the data; see `backbones`."""
         check_choice("stem", stem, get_args(Stem))
         if isinstance(backbone, str):
-            return build_backbone(backbone, self.num_classes, self.input_shape, stem, weights, self.vocabulary)
+            shape = input_shape or self.input_shape
+            return build_backbone(backbone, self.num_classes, shape, stem, weights, self.vocabulary)
         if isinstance(backbone, Mapping):
             backbone = cast(nn.Module, to_factory("backbone", backbone, nn.Module)())
         check_network("backbone", backbone, "the name of a network or ")

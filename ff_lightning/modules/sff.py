@@ -52,6 +52,8 @@ class SFF(LocalLearner):
         20
     """
 
+    overlaps_steps = True
+
     def __init__(
         self,
         backbone: str | nn.Module = "cnn",

@@ -195,9 +195,8 @@ def is_activation(model: nn.Module, op: Op) -> bool:
     """Whether the operation is an activation, other than a softmax."""
     if op.node.op == "call_module":
         module = model.get_submodule(str(op.node.target))
-        return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(
-            module, nn.Softmax | nn.LogSoftmax
-        )
+        is_one = any(cls.__module__ == "torch.nn.modules.activation" for cls in type(module).__mro__)
+        return is_one and not isinstance(module, nn.Softmax | nn.LogSoftmax)
     return function_name(op.node) in _ACTIVATIONS
 
 

@@ -71,14 +71,15 @@ class UnitFigures(Metric):
             counted: Which samples count, (B,) bool; None: all.
             samples: B.
         """
+        sums = torch.zeros_like(self.figures)
         for row, name in enumerate(self.names):
-            if name not in figures:  # of a method that gives no scores
-                continue
-            values = figures[name]
-            self.figures[row] += (values if counted is None else values.where(counted, 0.0)).sum(1)
+            if name in figures:  # else of a method that gives no scores
+                values = figures[name]
+                sums[row] = (values if counted is None else values.where(counted, 0.0)).sum(1)
         number: int | Tensor = samples if counted is None else counted.sum()
-        self.samples += number
-        self.losses += losses * number
+        self.figures = self.figures + sums  # not in place: a state may come from the inference mode of a validation
+        self.samples = self.samples + number
+        self.losses = self.losses + losses * number
 
     def compute(self) -> tuple[dict[str, Tensor], Tensor]:
         """Mean figures of each unit and of the vote, by name (U + 1,), and mean losses, (U,)."""

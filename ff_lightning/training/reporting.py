@@ -76,6 +76,10 @@ class Reporting(KeepsHooks, LightningModule):
         """Scores of each unit, (U, B, K); None for a method that gives no answers."""
         return None
 
+    def unit_key(self, k: int) -> str:
+        """What figures of unit k are logged by."""
+        return f"block{k:02d}"
+
     def vote(self, scores: Tensor) -> Tensor:
         """From the scores of all units (U, B, K) to those that decide, (B, K): their mean."""
         return scores.mean(0)
@@ -130,7 +134,7 @@ class Reporting(KeepsHooks, LightningModule):
         losses, seen = self._finite_losses(), sorted(self.train_losses.seen)
         self.train_losses.reset()
         self.log("train/loss", losses[seen].mean(), prog_bar=True)
-        self.log_dict({f"train/block{k:02d}_loss": losses[k] for k in seen})
+        self.log_dict({f"train/{self.unit_key(k)}_loss": losses[k] for k in seen})
         figures = self.train_figures
         if figures.update_called:
             self.log_dict({f"train/{name}": mean.mean() for name, mean in figures.compute()[0].items()})
@@ -233,7 +237,7 @@ class Reporting(KeepsHooks, LightningModule):
         self.log(f"{stage}/loss", losses.mean())
         for name, values in figures.items():
             self.log(f"{stage}/{name}", values[-1], prog_bar=True)
-            self.log_dict({f"{stage}/block{k:02d}_{name}": value for k, value in enumerate(values[:-1])})
+            self.log_dict({f"{stage}/{self.unit_key(k)}_{name}": value for k, value in enumerate(values[:-1])})
 
     def forward(self, *inputs: Any) -> Tensor:
         """Scores after the vote, (B, K), such as those of the classes: the highest one wins.

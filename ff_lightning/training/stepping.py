@@ -15,7 +15,8 @@ from ff_lightning.training.lightning_private import before_step, count_step
 class Stepper:
     """Averages the gradients of units over the processes, clips, steps, clears and schedules.
 
-    On several processes the gradients of a unit are averaged while the next unit runs; the unit steps after that.
+    On several processes the gradients of a unit are averaged while the next unit runs, if the model allows it; the unit
+    steps after that.
 
     Args:
         module: The model. Of it are used `trainer`, `parameters_of_units`, `optimizer_of_unit`, `lr_schedulers()`.
@@ -39,7 +40,7 @@ class Stepper:
                 continue
             averaging = None if self.group is None else Averaging(self.module.parameters_of_units[unit], self.group)
             self.waiting.append((unit, averaging))
-            if averaging is None or len(self.waiting) > 1:
+            if averaging is None or not self.module.overlaps_steps or len(self.waiting) > 1:
                 self._step(*self.waiting.pop(0))
 
     def finish(self) -> None:

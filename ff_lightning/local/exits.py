@@ -1,0 +1,179 @@
+"""Early exit: a sample leaves at the first block that is sure of its answer. Plain PyTorch.
+
+Shapes: B batch, K classes, L blocks.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ff_lightning.local.net import LocalNet
+from ff_lightning.util.arguments import check_choice, check_number, shown
+
+Rule = Callable[[Tensor], Tensor]
+
+
+def margin(scores: Tensor) -> Tensor:
+    """How far the best class is before the second one: (B, K) -> (B,)."""
+    best = scores.topk(2, 1).values
+    return best[:, 0] - best[:, 1]
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """The probability of the best class: (B, K) -> (B,)."""
+    return scores.softmax(1).amax(1)
+
+
+def highest(scores: Tensor) -> Tensor:
+    """The score of the best class: (B, K) -> (B,)."""
+    return scores.amax(1)
+
+
+RULES: dict[str, Rule] = {"margin": margin, "softmax": softmax, "mean_std": highest}
+"""By name, how sure scores are."""
+
+
+class EarlyExit(nn.Module):
+    """A trained network in which only the samples that are not yet sure go on to the next block.
+
+    The answer at a block is the vote of the blocks so far. A sample leaves where its certainty reaches the threshold of
+    the block; `calibrate` sets the thresholds by inputs alone, such as those of the validation set.
+
+    Args:
+        net: A `LocalNet`, what its `export` gives, the network of `FF` or `CwC`, or a module that has one as `net`.
+        rule: How sure scores (B, K) are: ``"margin"`` between the two best classes, ``"softmax"`` probability of the
+            best one, ``"mean_std"`` (the score of the best one, with a threshold a standard deviation below its mean),
+            or a function to (B,), higher being surer.
+        target: The share of the samples that leave at each block, of those that come to it; it makes the thresholds of
+            all rules but mean_std. None: 0.8.
+
+    Attributes:
+        thresholds: Of all blocks but the last, (L - 1,); NaN before `calibrate`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or if the network has a single block.
+
+    Source: Aminifar et al., LightFF, arXiv 2404.05241, for mean_std. Their code decides by the score of the true class
+    of the test image; here it is that of the predicted class, and the margin is ours.
+    """
+
+    thresholds: Tensor
+
+    def __init__(self, net: nn.Module, rule: str | Rule = "margin", target: float | None = None) -> None:
+        super().__init__()
+        net = net if isinstance(net, LocalNet) else getattr(net, "net", net)
+        if not isinstance(net, LocalNet):
+            raise ValueError(f"net={type(net).__name__}: must be a LocalNet, or a module that has one as net")
+        if not callable(rule):
+            check_choice("rule", rule, RULES, f"one of {list(RULES)}, or a function from scores (B, K) to (B,)")
+        check_number("target", target, above=0, below=1, optional=True)
+        if rule == "mean_std" and target is not None:
+            raise ValueError(f"target={target} has no effect on rule='mean_std', whose thresholds are means")
+        if len(net.blocks) < 2:
+            raise ValueError("the network has a single block: there is nothing to leave early from")
+        if net.hooked is not None or getattr(net, "negatives", None) == "hybrid":
+            raise ValueError("the blocks of this network run all at once: there is nothing to save by leaving early")
+        self.net = net
+        self.rule = rule
+        self.target = 0.8 if target is None else target
+        self.register_buffer("thresholds", torch.full((len(net.blocks) - 1,), torch.nan))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Any]) -> "EarlyExit":
+        """Set the thresholds by samples that the network was not trained on; their labels are not looked at.
+
+        Args:
+            batches: Inputs (B, ...), or tuples that begin with them, such as those of a loader for validation.
+
+        Raises:
+            ValueError: If there is no sample, or if none leaves before the last block.
+        """
+        where = self.thresholds.device
+        answers = [self._answers(_inputs(batch).to(where)) for batch in batches]
+        if not answers or not sum(len(of_batch[0]) for of_batch in answers):
+            raise ValueError("calibrate: there is no sample to calibrate on")
+        left = None
+        for k in range(len(self.thresholds)):
+            sure = self._sure(torch.cat([of_batch[k] for of_batch in answers]))
+            left = torch.ones_like(sure, dtype=torch.bool) if left is None else left
+            answers_yet = self.net.voters is None or k >= min(self.net.voters)
+            self.thresholds[k] = self._threshold(sure[left]) if answers_yet and left.any() else torch.inf
+            left = left & ~(sure >= self.thresholds[k])
+        if left is None or left.all():
+            raise ValueError(f"rule={shown(self.rule)}: none of {len(sure)} samples leaves before the last block")
+        return self
+
+    def _threshold(self, sure: Tensor) -> Tensor:
+        if self.rule == "mean_std":
+            return sure.mean() - sure.std(correction=0)
+        return sure.sort().values[round((1 - self.target) * (len(sure) - 1))]
+
+    def _sure(self, scores: Tensor) -> Tensor:
+        rule = self.rule if callable(self.rule) else RULES[self.rule]
+        return rule(scores)
+
+    def _answers(self, x: Tensor) -> list[Tensor]:
+        """The vote of the blocks up to each one, (B, K)."""
+        goodness = self.net.goodness(x)
+        return [self.net.decide(goodness[: k + 1]) for k in range(len(goodness))]
+
+    @torch.no_grad()
+    def answers_and_exits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (B, K), and the number of the block at which each sample left, (B,) int64, from 0.
+
+        Raises:
+            ValueError: If `calibrate` was not called.
+        """
+        if self.thresholds.isnan().any():
+            raise ValueError("EarlyExit has no thresholds yet: call calibrate(batches), of the validation set")
+        passing = cast(Any, self.net.local_goodness(x))
+        rest = torch.arange(len(x), device=x.device)
+        scores = torch.zeros(len(x), self.net.num_classes, device=x.device)
+        exits = torch.full_like(rest, len(self.thresholds))
+        goodness: list[Tensor] = []
+        stay: Tensor | None = None
+        for k in range(len(self.net.blocks)):
+            goodness.append(passing.send(stay))
+            answer = self.net.decide(torch.stack(goodness)).float()
+            scores[rest] = answer
+            if k == len(self.thresholds):
+                break
+            leave = self._sure(answer) >= self.thresholds[k]
+            exits[rest[leave]] = k
+            stay = ~leave
+            if not stay.any():
+                break
+            rest, goodness = rest[stay], [of_block[stay] for of_block in goodness]
+        return scores, exits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores (B, K) of the vote at the block where each sample left."""
+        return self.answers_and_exits(x)[0]
+
+    def exits(self, x: Tensor) -> Tensor:
+        """The number of the block at which each sample left, from 0: (B,), int64."""
+        return self.answers_and_exits(x)[1]
+
+
+@torch.no_grad()
+def multiply_adds(net: LocalNet, x: Tensor) -> list[float]:
+    """Multiplications with additions for one sample up to each block, its head included, as torch counts them.
+
+    Args:
+        net: In eval mode.
+        x: One or more samples.
+    """
+    counts = []
+    passing = net.local_goodness(x)
+    with FlopCounterMode(display=False) as counter:
+        for _ in net.blocks:
+            next(passing)
+            counts.append(counter.get_total_flops() / 2 / len(x))
+    return counts
+
+
+def _inputs(batch: Any) -> Tensor:
+    return batch[0] if isinstance(batch, list | tuple) else batch

@@ -1,0 +1,85 @@
+import pytest
+import torch
+import yaml
+
+from ff_lightning import LocalNet
+from ff_lightning.callbacks.table import kept_per_image
+from ff_lightning.commands.start import EPOCHS
+from ff_lightning.util.memory import saved_for_backward
+from tests.conftest import small_net
+from tests.trained import run
+
+SMALL = [
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--data.subset",
+    "100",
+    "--data.batch_size",
+    "90",
+]
+
+
+def test_the_command_alone_shows_examples():
+    printed = run()
+    assert printed.count("  ff-lightning ") == 3
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "init", "export", "sheet"])
+def test_help_fits_on_a_screen(command):
+    printed = run(command, "--help")
+    assert f"ff-lightning {command}" in printed
+    assert len(printed.splitlines()) < 60
+
+
+def test_all_options_are_behind_a_flag():
+    assert "--trainer.gradient_clip_val" in run("fit", "--help_all")
+
+
+def test_help_of_a_class_names_all_its_arguments():
+    printed = run("fit", "--model.help", "SFF")
+    assert all(f"--model.{name} " in printed for name in ("backbone", "reach", "train_blocks", "lr", "clip_norm"))
+    assert "torch.nn" not in printed
+    assert "--data.image_size None" in run("fit", "--data.help=CIFAR10")
+    with pytest.raises(SystemExit, match=r"model\.help='SFFF' is not known; did you mean 'SFF'"):
+        run("fit", "--model.help", "SFFF")
+
+
+def test_a_template_runs_and_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("init", "mine.yaml")
+    assert yaml.safe_load((tmp_path / "mine.yaml").read_text())["trainer"]["max_epochs"] == EPOCHS
+    printed = run("fit", "--config", "mine.yaml", *SMALL, "--trainer.max_epochs", 1)
+    assert "validation accuracy" in printed
+    with pytest.raises(SystemExit, match=r"mine\.yaml is there already"):
+        run("init", "mine.yaml")
+
+
+def test_a_run_without_a_number_of_epochs_is_short(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("INFO"):
+        run("fit", *SMALL)
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["epoch"] == EPOCHS - 1
+    assert any(f"training for {EPOCHS} epochs" in record.getMessage() for record in caplog.records)
+    run("fit", *SMALL, "--trainer.max_steps", EPOCHS + 3)
+    last = max(tmp_path.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
+    assert torch.load(last, weights_only=True)["global_step"] == EPOCHS + 3, "one step in an epoch, and more epochs"
+
+
+@pytest.mark.parametrize("reach", [1, 2])
+def test_kept_bytes_are_those_of_training(reach):
+    net = LocalNet(small_net(), 10, input_shape=(1, 8, 8), reach=reach)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x, y = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
+    here, backprop = kept_per_image(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    with saved_for_backward(net.parameters()) as saved:
+        for update in net.updates(x, y):
+            update.loss.backward()
+    assert saved.peak // 2 == pytest.approx(here, rel=0.05), "but for the loss"
+    model = small_net()[:4]
+    with saved_for_backward(model.parameters()) as saved:
+        model(x)
+    assert saved.peak // 2 == backprop
