@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ff_lightning.util.arguments import check_number
+from ff_lightning.util.arguments import check_choice, check_number
 
 IGNORED = -100
 """A target that does not count, as in PyTorch."""
@@ -217,3 +217,36 @@ def threshold_loss(positive: Tensor, negative: Tensor, theta: float | Tensor) ->
     Source: Hinton, The Forward-Forward Algorithm, arXiv 2212.13345.
     """
     return F.softplus(torch.cat([theta - positive, negative - theta])).mean()
+
+
+class GroupLoss(nn.Module):
+    """The three losses of channel-wise competition, on the goodness of the classes.
+
+    ``"ce"`` is the softmax cross-entropy; ``"pvn"`` sets the goodness of the true class above a threshold, and the mean
+    goodness of the others below it, by `threshold_loss`; ``"cwg"`` is 0.28 of the first and 0.72 of the second.
+
+    Args:
+        kind: ``"ce"``, ``"pvn"`` or ``"cwg"``.
+        theta: The threshold.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Source: Papachristodoulou et al., Convolutional Channel-wise Competitive Learning for the Forward-Forward Algorithm,
+    arXiv 2312.12668.
+    """
+
+    def __init__(self, kind: str = "ce", theta: float = 2.0) -> None:
+        super().__init__()
+        check_choice("loss", kind, ["ce", "pvn", "cwg"])
+        check_number("theta", theta, above=0)
+        self.share = {"ce": 1.0, "pvn": 0.0, "cwg": 0.28}[kind]
+        self.theta = theta
+
+    def forward(self, goodness: Tensor, target: Tensor) -> Tensor:
+        """The loss of goodness (B, K) and classes (B,), a scalar, float32."""
+        goodness = goodness.float()
+        true = goodness.gather(1, target[:, None]).squeeze(1)
+        others = (goodness.sum(1) - true) / (goodness.shape[1] - 1)
+        both = logsumexp_loss(goodness, target), threshold_loss(true, others, self.theta)
+        return self.share * both[0] + (1 - self.share) * both[1]

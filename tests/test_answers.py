@@ -45,7 +45,7 @@ VALUES = [
     ("--model.norm layr", "norm='layr' is not known: give 'layer', .*did you mean 'layer'"),
     ("--model.head poled", "head='poled' .*or the name of a class; did you mean 'pooled'"),
     ("--model.lr x", "lr='x': must be a number or null$"),
-    ("--model.reach 1.5", "reach='1.5': must be a whole number$"),
+    ("--model.reach 1.5", "reach=1.5: must be 1 to 3, the number of blocks, or a float above 0 and at most 1.0"),
     ("--model.input_shape [32,32]", r"input_shape=\(32, 32\): must be \(C, H, W\), whole numbers"),
     ("--model.optimizer SDG", "optimizer='SDG' .*did you mean 'SGD'"),
     ("--model.optimizer SGD --model.optimizer.momentun 1", "'momentun' is not accepted; did you mean 'momentum'"),

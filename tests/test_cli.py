@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from ff_lightning import data
 from ff_lightning.cli import main
 from tests.test_data import write_cifar
 
 ROOT = Path(__file__).parents[1]
-FAST = ("digits_cnn",)
+FAST = ("digits_cnn", "digits")
 CONFIGS = [
     pytest.param(path.relative_to(ROOT), marks=[] if path.stem in FAST else pytest.mark.slow)
     for path in sorted((ROOT / "configs").glob("*/*.yaml"))
@@ -36,12 +37,26 @@ def run(*args):
     return out.getvalue()
 
 
+class GreyImages:
+    """In place of MNIST: two hundred grey images of ten classes."""
+
+    def __init__(self, root, train, download):
+        self.targets = list(range(10)) * 20
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, i):
+        return Image.new("L", (28, 28), i), self.targets[i]
+
+
 @pytest.fixture
 def files(tmp_path, monkeypatch, image_folder, served):
     """The images that a config asks for, small and in the place where it looks for them."""
     monkeypatch.chdir(tmp_path)
     reader, _ = write_cifar(*served, fine=False)
     monkeypatch.setattr(data.CIFAR10, "reader", reader)
+    monkeypatch.setattr(data.MNIST, "reader", GreyImages)
     (tmp_path / "data").mkdir()
     image_folder(classes=("cat", "dog"), size=(32, 32)).rename(tmp_path / "data" / "images")
 

@@ -102,12 +102,20 @@ class TestEveryMethod:
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
-@pytest.mark.parametrize(("granularity", "reach"), [("layer", 1), ("block", 1), ("block", 2)])
-def test_manual_and_automatic_end_in_the_same_weights(granularity, reach, schedule, make_trainer, digits):
+@pytest.mark.parametrize(
+    ("granularity", "reach", "own_loss"),
+    [("layer", 1, 1.0), ("block", 1, 1.0), ("block", 2, 1.0), ("block", 0.95, 0.3)],
+)
+def test_manual_and_automatic_end_in_the_same_weights(granularity, reach, own_loss, schedule, make_trainer, digits):
     runs = []
     for optimization in ("manual", "automatic"):
         model = make(
-            granularity=granularity, reach=reach, optimization=optimization, lr_scheduler=schedule, clip_norm=0.5
+            granularity=granularity,
+            reach=reach,
+            own_loss=own_loss,
+            optimization=optimization,
+            lr_scheduler=schedule,
+            clip_norm=0.5,
         )
         make_trainer(max_epochs=3).fit(model, digits)
         runs.append(weights(model))
@@ -372,6 +380,9 @@ def test_a_trainer_flag_that_manual_optimization_refuses_names_its_replacement(f
         ({"clip_norm": 0}, "clip_norm=0"),
         ({"reach": 0}, "reach=0: must be 1 to 3, the number of blocks"),
         ({"reach": 4}, "reach=4: must be 1 to 3, the number of blocks"),
+        ({"reach": 0.0}, "reach=0.0: must be 1 to 3, the number of blocks, or a float above 0 and at most 1.0"),
+        ({"reach": 1.01}, "reach=1.01: must be"),
+        ({"own_loss": 1.1}, "own_loss=1.1: must be at least 0 and at most 1"),
         ({"clip_value": -1.0}, "clip_value=-1.0"),
         ({"clip_norm": 1.0, "clip_value": 1.0}, "clip_norm=1.0 and clip_value=1.0: give one of them"),
         ({"memory_format": "channels_first"}, "memory_format='channels_first'.*'channels_last'"),

@@ -173,8 +173,9 @@ def test_gradients_are_kept_only_in_the_middle_of_an_accumulation(make_trainer, 
         {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}, "clip_norm": 0.1},
         {"reach": 2, "optimization": "automatic"},
         {"reach": 2},
+        {"reach": 0.95, "own_loss": 0.3},
     ],
-    ids=["schedule per epoch", "plateau", "momentum and clipping", "reach, automatic", "reach"],
+    ids=["schedule per epoch", "plateau", "momentum and clipping", "reach, automatic", "reach", "windows"],
 )  # fmt: skip
 def test_interrupted_with(arguments, make_trainer, tmp_path):
     whole = make(**arguments)

@@ -72,14 +72,15 @@ def test_a_run_without_a_number_of_epochs_is_short(tmp_path, monkeypatch, caplog
 def test_kept_bytes_are_those_of_training(reach):
     net = LocalNet(small_net(), 10, input_shape=(1, 8, 8), reach=reach)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    x, y = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
+    x, y = torch.randn(64, 1, 8, 8), torch.arange(64) % 10
     here, backprop = kept_per_image(net)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     with saved_for_backward(net.parameters()) as saved:
-        for update in net.updates(x, y):
-            update.loss.backward()
-    assert saved.peak // 2 == pytest.approx(here, rel=0.05), "but for the loss"
+        for _ in net.windows.placements:
+            for update in net.updates(x, y):
+                update.loss.backward()
+    assert saved.peak // 64 == pytest.approx(here, rel=0.05), "but for the loss"
     model = small_net()[:4]
     with saved_for_backward(model.parameters()) as saved:
         model(x)
-    assert saved.peak // 2 == backprop
+    assert saved.peak // 64 == pytest.approx(backprop, rel=0.02), "but for what does not grow with the batch"

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 from torch import nn
 from torchvision import models
 
+from ff_lightning.backbones.cfse import cfse
 from ff_lightning.backbones.cnn import cnn
 from ff_lightning.backbones.mlp import mlp
 from ff_lightning.backbones.signal import signal
@@ -37,8 +38,8 @@ def build_backbone(
     """Build a network by its name, fit for samples of a shape.
 
     Args:
-        name: ``"cnn"``, ``"mlp"``, ``"signal"`` or ``"text"``, the name of a torchvision classification model, or
-            ``"timm/NAME"`` where timm is installed.
+        name: ``"cnn"``, ``"cfse"``, ``"mlp"``, ``"signal"`` or ``"text"``, the name of a torchvision classification
+            model, or ``"timm/NAME"`` where timm is installed.
         num_classes: Outputs of the classifier.
         input_shape: (C, H, W) of an image, of which only C matters here, (C, T) of a signal, (T,) for the most tokens
             of a text; an mlp takes any shape.
@@ -72,6 +73,7 @@ def build_backbone(
 def _build(name: str, num_classes: int, shape: Sequence[int], vocabulary: int | None) -> nn.Module:
     own: dict[str, Callable[[], nn.Module]] = {
         "cnn": lambda: cnn(num_classes, shape[0]),
+        "cfse": lambda: cfse(num_classes, shape[0]),
         "mlp": lambda: mlp(num_classes, math.prod(shape)),
         "signal": lambda: signal(num_classes, shape[0]),
         "text": lambda: text(num_classes, cast(int, vocabulary), shape[0]),

@@ -2,24 +2,21 @@
 
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ff_lightning.local.chain import run_block
 from ff_lightning.local.net import LocalNet
-from ff_lightning.partition import Block, State
-from ff_lightning.util.memory import saved_for_backward
+from ff_lightning.local.windows import Windows, spans
 
 
 class BlockTable(Callback):
-    """Prints what each block is before training, and how accurate each block and the vote are after fit and test."""
+    """Prints what blocks and windows are before training, and how accurate each block and the vote are after it."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the blocks."""
+        """Print the blocks, and the windows where they are longer than a block."""
         net = getattr(pl_module, "net", None)
         if not trainer.is_global_zero or not isinstance(net, LocalNet):
             return
@@ -38,6 +35,8 @@ class BlockTable(Callback):
         if backprop:
             table.add_row("", "backprop", "", "", "", backprop)
         Console().print(table)
+        if net.windows.kept is not None:
+            Console().print(_windows(net.windows))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the accuracies of the last validation, and where the checkpoints are."""
@@ -93,40 +92,28 @@ class LogShortEpochs(Callback):
 def kept_per_image(net: LocalNet) -> tuple[int, int]:
     """Bytes that autograd keeps at most for one image in training: with local losses, and by backpropagation.
 
-    Counted in a pass that leaves no trace, with heads in the first figure; parameters do not count. Backpropagation is
-    that of the blocks as they are, without norms between them and without a classifier. Networks with several inputs,
-    of token ids or cut by hooks are not counted: (0, 0).
+    Heads are in the first figure; parameters and the loss itself do not count. Backpropagation is that of the blocks as
+    they are, without norms between them and without a classifier. Networks that run by hooks are not counted: (0, 0).
     """
-    if net.hooked is not None or net.inputs.tokens or len(net.inputs.names) != 1:
+    if net.hooked is not None:
         return 0, 0
-    like = next(net.parameters(), torch.zeros(0))
-    x = torch.zeros(2, *net.input_shape, device=like.device, dtype=like.dtype)
-    devices = [like.device] if like.device.type == "cuda" else []
+    kept = net.windows.kept or net.kept()
+    most = max(kept.share(first, last) for ends in net.windows.placements for first, last in spans(ends))
+    return round(most * kept.backprop), kept.backprop
 
-    def peak(local: bool) -> int:
-        with torch.random.fork_rng(devices), torch.enable_grad(), saved_for_backward(net.parameters()) as saved:
-            state: State = x
-            scores = []
-            for k, (block, objective) in enumerate(zip(net.blocks, net.objectives, strict=True)):
-                border = local and (k + 1) % net.reach == 0
-                norm = net.norm if local else "none"
-                state, features = run_block(k, cast(Block, block), state, norm, border, for_head=local)
-                scores.append(objective(features) if local else features)
-                if border:
-                    scores.clear()
-                del features
-        return saved.peak // len(x)
 
-    modes = [(module, module.training) for module in net.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
-    try:
-        net.train()
-        return peak(local=True), peak(local=False)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for buffer, before in buffers:
-            buffer.data.copy_(before)
+def _windows(windows: Windows) -> Table:
+    """The placements of the windows, in the order in which they take turns, and what they keep."""
+    table = Table(title=f"windows of reach={windows.reach}")
+    for column in ("batch", "blocks: share of what backprop keeps", "most"):
+        table.add_column(column, justify="left" if column.startswith("blocks") else "right")
+    for number, ends in enumerate(windows.placements):
+        shares = windows.shares(ends)
+        texts = [
+            f"{a}: {s:.2f}" if a == b else f"{a}-{b}: {s:.2f}" for (a, b), s in zip(spans(ends), shares, strict=True)
+        ]
+        table.add_row(str(number), "  ".join(texts), f"{max(shares):.2f}")
+    return table
 
 
 def _size(module: Any) -> int:

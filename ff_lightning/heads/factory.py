@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ff_lightning.heads.groups import GroupHead
 from ff_lightning.heads.layers import without_padding
 from ff_lightning.heads.pooled import PooledHead
 from ff_lightning.heads.squared import GoodnessHead
@@ -28,6 +29,7 @@ HEADS: dict[str, HeadFactory] = {
     "deep": GoodnessHead,
     "paper": partial(GoodnessHead, depth=0, temperature=1.0),
     "tokens": TokenHead,
+    "groups": GroupHead,
 }
 
 

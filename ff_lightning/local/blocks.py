@@ -7,20 +7,24 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ff_lightning.heads import HeadFactory, make_head
-from ff_lightning.heads.factory import takes_mask
-from ff_lightning.local.chain import Norm, run_block, state_of
+from ff_lightning.heads.factory import takes_mask, with_mask
+from ff_lightning.local.chain import Norm, hand_on, held, run_block, state_of
 from ff_lightning.local.objectives import Loss, Place, make_objective
+from ff_lightning.local.updates import Update, deliver
+from ff_lightning.local.windows import Counter, Kept, Storages, Windows
+from ff_lightning.losses import LogSumExpLoss, check_classes
 from ff_lightning.partition import Block, Granularity, Hooked, Inputs, partition
 from ff_lightning.partition.block import main_output
 from ff_lightning.partition.trace import evaluating
-from ff_lightning.util.arguments import check_blocks
+from ff_lightning.util.arguments import check_blocks, is_whole
 from ff_lightning.util.suggest import unknown
 
 
@@ -35,6 +39,9 @@ class LocalBlocks(nn.Module):
     head_factory: HeadFactory
     loss_factory: Loss
     num_classes: int
+    reach: float
+    own_loss: float
+    windows: Windows
     passes: int
     trained: frozenset[int]
     voters: frozenset[int] | None
@@ -114,9 +121,8 @@ class LocalBlocks(nn.Module):
         """
         if self.hooked is not None:
             raise ValueError(f"append is not there for {by_hooks(self.hooked.model)}")
-        like = next(self.parameters(), torch.zeros(0))
-        values = [value.to(like if value.is_floating_point() else like.device) for value in self._example]
         with evaluating(self):
+            values = self._example_here()
             state = state_of(values)
             for k, block in enumerate(cast(Iterable[Block], self.blocks)):
                 mask = self.inputs.valid(values) if self._is_masked(k) else None
@@ -125,15 +131,79 @@ class LocalBlocks(nn.Module):
         first = len(self.blocks)
         self.blocks.extend(added)
         self._add_objectives()
+        self._place_windows()
         self.trained |= set(range(first, first + len(added)))
         for module in (*self.blocks[first:], *self.objectives[first:]):
             module.train(self.training)
         return list(range(first, first + len(added)))
 
+    def _example_here(self) -> list[Tensor]:
+        """The inputs of the example, where the network lies now."""
+        like = next(self.parameters(), torch.zeros(0))
+        return [value.to(like if value.is_floating_point() else like.device) for value in self._example]
+
+    def _place_windows(self) -> None:
+        """Place the windows for the blocks that are there."""
+        names = [cast(str, block.name) for block in self.blocks]
+        local = is_whole(self.reach) and self.reach == 1
+        self.windows = Windows(self.reach, names, None if local else self.kept(), self.own_loss)
+
+    def kept(self) -> Kept:
+        """What autograd keeps for one example in the blocks: as much as a batch of two keeps more."""
+        with evaluating(self), torch.enable_grad():
+            values = [value[:1] for value in self._example_here()]
+            once, twice = (self._storages([torch.cat([value] * count) for value in values]) for count in (1, 2))
+        inputs, *parts, backprop = [
+            {address: size - of_one for (address, size), of_one in zip(two.items(), one.values(), strict=True)}
+            for one, two in zip(once, twice, strict=True)
+        ]
+        return Kept(parts[::2], parts[1::2], inputs, sum(backprop.values()))
+
+    def _storages(self, values: Sequence[Tensor]) -> list[Storages]:
+        """What is kept: of the batch itself, of each block and its norm in turn, and of all without norms and heads."""
+        counter = Counter(self.parameters())
+        found: list[Storages] = []
+        graphs: list[Any] = []
+        with counter.counting():
+            state = state_of(values)
+            for k, block in enumerate(cast(Iterable[Block], self.blocks)):
+                mask = self.inputs.valid(values) if self._is_masked(k) else None
+                out = block(state)
+                of_block = counter.take()
+                outside, features = hand_on(block, main_output(out), self.norm, False, True, mask)
+                of_norm = counter.take()
+                with suppress(NotImplementedError):  # an objective without scores
+                    graphs.append(with_mask(self.objectives[k], self._take_mask["forward"][k], features, mask))
+                found += [of_block | counter.take(), of_norm]
+                state = (outside, *out[1:]) if isinstance(out, tuple) else outside
+            graphs.append(state)
+            state = state_of(values)
+            for block in cast(Iterable[Block], self.blocks):
+                state = block(state)
+        batch = {value.untyped_storage().data_ptr() for value in values}
+        return [{address: size for address, size in found[0].items() if address in batch}, *found, counter.take()]
+
     def block_parameters(self, k: int) -> list[nn.Parameter]:
         """The trainable parameters of block k and its objective."""
         both = (*self.blocks[k].parameters(), *self.objectives[k].parameters())
         return [parameter for parameter in both if parameter.requires_grad]
+
+    def _mode_of(self, k: int) -> AbstractContextManager[None]:
+        """A block that is not trained runs without a graph and in eval mode.
+
+        The mode is set for each run, since blocks may share modules without weights, such as a dropout.
+        """
+        return nullcontext() if k in self.trained else held((self.blocks[k], self.objectives[k]))
+
+    def _delivered(self, k: int, loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+        """The loss of a block with its gradients in the place of its graph."""
+        parameters = [self.block_parameters(j) if j == k else [] for j in range(k + 1)]
+        return deliver([Update((k,), loss, (loss.detach(),))], parameters, scaler).losses[0]
+
+    def _check_target(self, y: Tensor) -> None:
+        criterion = getattr(self.objectives[0], "criterion", None)
+        if isinstance(criterion, LogSumExpLoss) and not y.is_floating_point():
+            check_classes(y, self.num_classes, criterion.ignore_index)
 
     def compile_blocks(self) -> None:
         """Compile each block and each objective's head by itself, when it runs for the first time."""

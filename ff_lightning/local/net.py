@@ -5,7 +5,6 @@ Shapes: B batch, C channels, H x W or T positions, K classes, L blocks.
 
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import cast, get_args
 
 import torch
@@ -15,14 +14,22 @@ from ff_lightning.heads import HEADS, HeadFactory, check_head
 from ff_lightning.heads.factory import with_mask
 from ff_lightning.heads.layers import position_means, without_padding
 from ff_lightning.local.blocks import LocalBlocks, by_hooks
-from ff_lightning.local.chain import Chain, Norm, OfBlock, held, norm_for
+from ff_lightning.local.chain import Chain, Norm, OfBlock, norm_for
 from ff_lightning.local.objectives import Loss, Objective, check_loss, checked_loss
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.votes import VOTES
-from ff_lightning.losses import LogSumExpLoss, check_classes
+from ff_lightning.local.windows import check_reach
 from ff_lightning.partition import Block, Example, Granularity, Inputs, cut
 from ff_lightning.partition.inputs import make_example
-from ff_lightning.util.arguments import check_choice, check_network, check_shape, check_whole, is_whole, shown
+from ff_lightning.util.arguments import (
+    check_choice,
+    check_network,
+    check_number,
+    check_shape,
+    check_whole,
+    is_whole,
+    shown,
+)
 
 
 class LocalNet(LocalBlocks):
@@ -55,20 +62,27 @@ class LocalNet(LocalBlocks):
             module from goodness (B, K) and targets to a scalar; or a class or function that makes such a module, or an
             `Objective`, for each block: a parameter `place` of it is given the `Place` of the block. None: logsumexp.
         reach: How many blocks a loss trains at most: its own, and those below it up to the last border. Above 1 the
-            network is cut behind every `reach` blocks only, one block further down at each pass, so that each border
+            network is cut into windows of `reach` blocks, one block further down at each pass, so that each border
             is open half of the time or more and each block learns from the losses above it as well. Graphs of so
-            many blocks are then alive at once.
+            many blocks are then alive at once. A float above 0 and below 1 is a share of memory: no window keeps more
+            for backward than this share of what backprop keeps, or than the single block that keeps most. 1.0 is
+            one window over all blocks: backprop with deep supervision. See `windows`.
         vocabulary: Number of token ids, where a sample is a row of them, int64. A parameter of `forward` that is called
             like a padding mask (see `Inputs`) is then one.
         example: An input batch instead of `input_shape`, for a network with several inputs: a tuple of tensors, or a
             dict of tensors by the names of the arguments of `forward`. Wherever x stands below, it may be a tensor, a
             tuple or a dict alike; a padding mask that is left out masks nothing. What is masked changes nothing.
 
+        own_loss: Inside a window, the weight of a block's own loss for each block between it and the window's end: with
+            0.3 the loss of the last block weighs 1, of the one below 0.3, then 0.09; with 0 the last loss is all. What
+            is returned and reported has no weight, its gradient does.
+
     Attributes:
         inputs: What the network is called with, an `Inputs`.
         blocks: The blocks in order, each with a `name`.
         objectives: The objective of each block; those with a head have it as `head`.
         trained: Numbers of the blocks that are trained; see `train_only`.
+        windows: The `ff_lightning.local.windows.Windows` of `reach`.
         voters: Numbers of the blocks that take part in the vote, those with a trained head; None: all.
         passes: Passes with a graph so far; they decide where the borders lie. These three are in the state dict.
 
@@ -96,9 +110,10 @@ class LocalNet(LocalBlocks):
         vote: str = "mean",
         input_shape: Sequence[int] = (3, 32, 32),
         loss: Loss = None,
-        reach: int = 1,
+        reach: float = 1,
         vocabulary: int | None = None,
         example: Example | None = None,
+        own_loss: float = 1.0,
     ) -> None:
         super().__init__()
         check_network("model", model)
@@ -107,15 +122,15 @@ class LocalNet(LocalBlocks):
         check_choice("vote", vote, VOTES)
         check_head(head)
         check_loss(loss)
+        check_number("own_loss", own_loss, least=0, most=1)
         longest = None
         if example is None:
             check_shape("input_shape", input_shape, model if vocabulary is None else "text")
             example, longest = make_example(model, input_shape, vocabulary), input_shape[0]
         blocks, self.hooked = cut(model, granularity, example)
-        if self.hooked is not None and reach != 1:
+        if self.hooked is not None and not (is_whole(reach) and reach == 1):
             raise ValueError(f"reach={shown(reach)}: must be 1 for {by_hooks(model)}")
-        if not is_whole(reach) or not 1 <= reach <= len(blocks):
-            raise ValueError(f"reach={shown(reach)}: must be 1 to {len(blocks)}, the number of blocks")
+        check_reach(reach, len(blocks))
         self.head_factory = HEADS[head] if isinstance(head, str) else head
         self.loss_factory = loss
         self.num_classes = num_classes
@@ -123,6 +138,7 @@ class LocalNet(LocalBlocks):
         self.norm = norm_for(norm, self.inputs)
         self.vote = vote
         self.reach = reach
+        self.own_loss = own_loss
         self.passes = 0
         self.input_shape = self.inputs.shape
         self._example = self.inputs.values(example)
@@ -130,6 +146,7 @@ class LocalNet(LocalBlocks):
         self.objectives = nn.ModuleList()
         self._take_mask: dict[str, list[bool]] = {"forward": [], "loss_and_scores": []}
         self._add_objectives()
+        self._place_windows()
         self.trained = frozenset(range(len(blocks)))
         self.voters: frozenset[int] | None = None
         if len(blocks) == 1:
@@ -198,19 +215,12 @@ class LocalNet(LocalBlocks):
         chain = Chain(blocks, self.hooked, self.inputs, self.norm, for_head, self._mode_of)
         return chain.run(self.inputs.values(x), of_block, borders or range(len(blocks)))
 
-    def _mode_of(self, k: int) -> AbstractContextManager[None]:
-        """A block that is not trained runs without a graph and in eval mode.
-
-        The mode is set for each run, since blocks may share modules without weights, such as a dropout.
-        """
-        return nullcontext() if k in self.trained else held((self.blocks[k], self.objectives[k]))
-
     def _losses(
         self, x: Example, y: Tensor, see: Callable[[int, Tensor], None] | None, scaler: torch.amp.GradScaler | None
     ) -> Iterator[tuple[Tensor, bool]]:
         """The loss of one block after the other with its graph, and whether a border follows."""
         self._check_target(y)
-        borders = self._borders()
+        borders = self.windows.borders(self.passes, self.trained)
         self.passes += torch.is_grad_enabled()
 
         def learn(k: int, features: Tensor, mask: Tensor | None) -> Tensor:
@@ -224,22 +234,6 @@ class LocalNet(LocalBlocks):
         for k, loss in enumerate(self._each(x, learn, borders, count=max(self.trained) + 1)):
             yield loss, k in borders
             del loss
-
-    def _delivered(self, k: int, loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
-        """The loss of a block with its gradients in the place of its graph."""
-        parameters = [self.block_parameters(j) if j == k else [] for j in range(k + 1)]
-        return deliver([Update((k,), loss, (loss.detach(),))], parameters, scaler).losses[0]
-
-    def _borders(self) -> set[int]:
-        """The blocks behind which the next pass is cut."""
-        moved = (k for k in range(len(self.blocks)) if (k + 1 + self.passes) % self.reach == 0)
-        between = (k for k in range(len(self.blocks)) if not {k, k + 1} <= self.trained)  # also behind the last block
-        return {*moved, *between}
-
-    def _check_target(self, y: Tensor) -> None:
-        criterion = getattr(self.objectives[0], "criterion", None)
-        if isinstance(criterion, LogSumExpLoss) and not y.is_floating_point():
-            check_classes(y, self.num_classes, criterion.ignore_index)
 
     # ----------------------------------------------------------------------------------------------------- the learning
 
@@ -273,7 +267,9 @@ class LocalNet(LocalBlocks):
                 losses.append(loss)
             del loss
             if is_border and units:
-                yield Update(tuple(units), sum(losses[1:], losses[0]), tuple(loss.detach() for loss in losses))
+                weighted = self.windows.weighted(losses)
+                yield Update(tuple(units), sum(weighted[1:], weighted[0]), tuple(loss.detach() for loss in losses))
+                del weighted
                 units.clear()
                 losses.clear()
 
@@ -295,7 +291,8 @@ class LocalNet(LocalBlocks):
         joined: list[Tensor] = []
         for loss, is_border in self._losses(x, y, None, None):
             if is_border:
-                yield sum((other - other.detach() for other in joined), loss)  # the value of this loss alone
+                others = self.windows.weighted([*joined, loss])[:-1]
+                yield sum((other - other.detach() for other in others), loss)  # the value of this loss alone
                 joined.clear()
             else:
                 joined.append(loss)
@@ -304,8 +301,8 @@ class LocalNet(LocalBlocks):
     def delivered_losses(self, x: Example, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """The local losses of the trained blocks as one vector, for any ordinary training loop.
 
-        The local gradients are computed here, block after block, so that the graph of only one block (of at most
-        `reach` blocks) is alive at any time. ``backward()`` of any scalar made of the vector hands them to the
+        The local gradients are computed here, block after block, so that the graph of only one block (of one
+        window) is alive at any time. ``backward()`` of any scalar made of the vector hands them to the
         parameters, each times the gradient that arrives at the loss of its block: weights of the losses other than
         one for all ask for a `reach` of 1.
 

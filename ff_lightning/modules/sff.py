@@ -41,7 +41,8 @@ class SFF(LocalLearner):
             block; see `ff_lightning.LocalNet`. None: the loss of the task, log-sum-exp for classes.
         label_smoothing: Share of the target that is spread evenly over all classes.
         reach: How many blocks a loss trains at most: its own and those below it. Above 1, the borders move from step
-            to step, and memory grows with it; see `ff_lightning.LocalNet`.
+            to step, and memory grows with it. A float up to 1.0: windows of blocks that keep at most this share of
+            what backprop keeps; 1.0 is backprop with deep supervision. See `ff_lightning.LocalNet`.
         train_blocks: Numbers or names of the only blocks to train; the others keep weights and running statistics, and
             do not vote unless a checkpoint brings trained heads for them.
         kwargs: How it is trained: task, optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
@@ -62,17 +63,18 @@ class SFF(LocalLearner):
         stem: Stem = "standard",
         weights: str | None = None,
         granularity: Granularity = "block",
-        head: Literal["pooled", "deep", "paper"] | HeadFactory = "pooled",
+        head: Literal["pooled", "deep", "paper", "groups"] | HeadFactory = "pooled",
         norm: Norm = "layer",
         vote: Literal["mean", "depth", "last", "log_softmax"] = "mean",
         loss: Literal["logsumexp", "similarity", "predsim", "supcon"] | Callable[[], nn.Module] | None = None,
         label_smoothing: float = 0.0,
-        reach: int = 1,
+        reach: int | float = 1,
         train_blocks: list[int | str] | None = None,
+        own_loss: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
-        granularity, reach, train_blocks = to_plain((granularity, reach, train_blocks))
+        granularity, reach, train_blocks, own_loss = to_plain((granularity, reach, train_blocks, own_loss))
         self.criterion = self.task.criterion(label_smoothing)
         if loss is not None and label_smoothing:
             raise ValueError(f"label_smoothing={label_smoothing} and loss={loss!r}: give the loss its own smoothing")
@@ -87,6 +89,7 @@ class SFF(LocalLearner):
             self._loss(loss),
             reach,
             self.vocabulary,
+            own_loss=own_loss,
         )
         self.set_units(self.net.units())
         self.train_blocks = train_blocks

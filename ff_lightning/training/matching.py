@@ -24,7 +24,8 @@ COMPUTING = ("backbone", "stem", "num_classes", "input_shape", "vocabulary", "gr
 """Arguments that change what the network computes: they must be those of the checkpoint."""
 _TRAINING = (
     *("optimizer", "lr", "lr_decay", "lr_scheduler", "lr_interval", "optimization", "clip_norm", "clip_value"),
-    *("accumulate", "compile", "memory_format", "label_smoothing", "reach", "train_blocks", "probe", "weights"),
+    *("accumulate", "compile", "memory_format", "label_smoothing", "reach", "own_loss", "train_blocks", "probe"),
+    "weights",
     *("loss", "metrics"),
 )
 """Arguments that change how it is trained: they may differ, except where a run is resumed. All other arguments, among

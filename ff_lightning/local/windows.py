@@ -1,0 +1,175 @@
+"""Windows: where the borders lie, and what the blocks between two of them keep for backward.
+
+Shapes: L blocks.
+"""
+
+import warnings
+from collections.abc import Container, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ff_lightning.util.arguments import is_whole, shown
+
+Storages = dict[int, int]
+"""Sizes in bytes of the storages that autograd keeps, by their addresses."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What autograd keeps of an example for backward, parameters aside."""
+
+    blocks: Sequence[Storages]
+    """Of each block and its objective."""
+    norms: Sequence[Storages]
+    """Of the norm behind each block, where no border lies there."""
+    inputs: Storages
+    """Those of them that are the batch itself: it is there as long as any window."""
+    backprop: int
+    """Bytes that the blocks keep all at once, without norms and objectives."""
+
+    def share(self, first: int, last: int) -> float:
+        """What the blocks from `first` to `last` keep at once, as a share of what backprop keeps."""
+        kept = dict(self.inputs)
+        for part in (*self.blocks[first : last + 1], *self.norms[first:last]):
+            kept |= part  # a storage counts once, however many blocks keep it
+        return sum(kept.values()) / max(self.backprop, 1)
+
+
+class Counter:
+    """Notes what autograd keeps, on any device.
+
+    Args:
+        left_out: Tensors that do not count: parameters, which are there anyway.
+    """
+
+    def __init__(self, left_out: Iterable[Tensor]) -> None:
+        self._left_out = {tensor.untyped_storage().data_ptr() for tensor in left_out}
+        self._found: Storages = {}
+
+    def counting(self) -> AbstractContextManager[Any]:
+        """Notes what is kept inside."""
+        return torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    def take(self) -> Storages:
+        """What was kept since this was called before; its graph must be alive until all is counted."""
+        found, self._found = self._found, {}
+        return found
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._left_out:
+            self._found[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would keep its graph alive, which keeps what is saved here
+
+
+class Windows:
+    """The windows that a network is cut into, and how they move from pass to pass.
+
+    A placement of the windows begins one of them at a certain block and makes each as long as it may be, from there up
+    and from there down. Every block is the one to begin with; the different placements that come of it take turns. So
+    each border is open part of the time, unless the two blocks beside it are too much for a window by themselves.
+
+    Args:
+        reach: Number of blocks of a window at most, or the largest share that it may keep of what backprop keeps: above
+            0 and below 1. 1.0 is one window over all blocks, whatever it keeps.
+        names: Of the blocks.
+        kept: What they keep; None: not known, `reach` is a number of blocks.
+
+        own_loss: Weight of the own loss of a block for each block between it and the end of its window.
+
+    Attributes:
+        placements: The last blocks of the windows, in order, for one pass after the other.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(self, reach: float, names: Sequence[str], kept: Kept | None, own_loss: float) -> None:
+        self.reach = reach
+        self.kept = kept
+        self.own_loss = own_loss
+        self.blocks = len(names)
+        self._limit = float(reach)
+        if kept is not None and not is_whole(reach) and reach < 1:
+            shares = [kept.share(k, k) for k in range(self.blocks)]
+            largest = max(range(self.blocks), key=shares.__getitem__)
+            if shares[largest] > reach:
+                self._limit = shares[largest]
+                warnings.warn(
+                    f"reach={reach}: block {largest} ({names[largest]}) by itself keeps {self._limit:.3f} of what "
+                    f"backprop keeps; windows keep up to {self._limit:.3f} instead",
+                    stacklevel=5,
+                )
+        one = not is_whole(reach) and self._fits(0, self.blocks - 1)
+        begins = range(1 if one else self.blocks)
+        self.placements = sorted({self._from(begin) for begin in begins}, reverse=True)
+        if own_loss != 1 and self.longest == 1:
+            warnings.warn(f"own_loss={own_loss} has no effect: no window of reach={reach} has two blocks", stacklevel=5)
+        never = sorted(set(range(self.blocks)).difference(*self.placements))
+        if own_loss == 0 and never:
+            warnings.warn(
+                f"own_loss={own_loss}: the heads of blocks {never} never learn, since no window ends there; "
+                "vote='last' leaves them out",
+                stacklevel=5,
+            )
+
+    def borders(self, number: int, trained: Container[int]) -> set[int]:
+        """The blocks behind which a pass of this number is cut; a block that is not trained is a window by itself."""
+        ends = self.placements[number % len(self.placements)]
+        held = (k for k in range(self.blocks) if k not in trained or k + 1 not in trained)
+        return {*ends, *held}
+
+    def weighted(self, losses: Sequence[Tensor]) -> list[Tensor]:
+        """The losses of the blocks of a window, in order, times their weights: that of the last one is 1."""
+        weights = [self.own_loss**distance for distance in reversed(range(len(losses)))]
+        return [loss if weight == 1 else weight * loss for weight, loss in zip(weights, losses, strict=True)]
+
+    def shares(self, ends: Sequence[int]) -> list[float]:
+        """What each window of a placement keeps, as a share of what backprop keeps."""
+        assert self.kept is not None, "counted where a window may be longer than a block"
+        return [self.kept.share(first, last) for first, last in spans(ends)]
+
+    @property
+    def longest(self) -> int:
+        """Number of blocks of the longest window."""
+        return max(last - first + 1 for ends in self.placements for first, last in spans(ends))
+
+    def _fits(self, first: int, last: int) -> bool:
+        if is_whole(self.reach):
+            return last - first < self.reach
+        return first == last or self.reach == 1 or self.kept is None or self.kept.share(first, last) <= self._limit
+
+    def _from(self, begin: int) -> tuple[int, ...]:
+        """The last block of each window, where one of them begins at a block."""
+        ends = [begin - 1] if begin else []
+        first = begin - 1
+        for k in range(begin - 1, -1, -1):  # down from there
+            if not self._fits(k, first):
+                ends.insert(0, k)
+                first = k
+        first = begin
+        for k in range(begin, self.blocks):  # up from there
+            if not self._fits(first, k):
+                ends.append(k - 1)
+                first = k
+        return (*ends, self.blocks - 1)
+
+
+def check_reach(reach: Any, blocks: int) -> None:
+    """Raise ValueError unless a reach is a number of blocks, or a share as a float."""
+    is_share = isinstance(reach, Real) and not isinstance(reach, bool | Integral) and 0 < float(reach) <= 1
+    if not is_share and not (is_whole(reach) and 1 <= reach <= blocks):
+        raise ValueError(
+            f"reach={shown(reach)}: must be 1 to {blocks}, the number of blocks, or a float above 0 and at most 1.0, a "
+            "share of what backprop keeps"
+        )
+
+
+def spans(ends: Sequence[int]) -> list[tuple[int, int]]:
+    """The first and the last block of each window."""
+    return list(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
