@@ -22,6 +22,7 @@ from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint
 from ff_lightning.callbacks.table import LogShortEpochs
 from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
 from ff_lightning.commands.ckpt_path import find_checkpoint, read_checkpoint
+from ff_lightning.commands.exits import main as exits
 from ff_lightning.commands.export import main as export
 from ff_lightning.commands.predict import is_of_files
 from ff_lightning.commands.predict import main as predict
@@ -171,11 +172,11 @@ def _own_command(given: Sequence[str]) -> Callable[[Sequence[str]], None] | None
     """What runs without the Trainer, and so is no subcommand of LightningCLI."""
     if is_of_files(given):
         return predict
-    return {"sheet": sheet, "export": export, "init": init}.get(given[0]) if given else None
+    return {"sheet": sheet, "exits": exits, "export": export, "init": init}.get(given[0]) if given else None
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command: fit, validate, test, predict, export, sheet or init.
+    """Run a command: fit, validate, test, predict, exits, export, sheet or init.
 
     Args:
         args: What follows ``ff-lightning`` on the command line. None: the command line of the process.
