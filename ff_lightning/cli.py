@@ -21,7 +21,9 @@ from ff_lightning import __version__
 from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint
 from ff_lightning.callbacks.table import LogShortEpochs
 from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
-from ff_lightning.commands.ckpt_path import find_checkpoint, read_checkpoint
+from ff_lightning.commands.ckpt_path import find_checkpoint, find_root, read_checkpoint
+from ff_lightning.commands.composing import OF_ONE_SET, compose
+from ff_lightning.commands.exits import main as exits
 from ff_lightning.commands.export import main as export
 from ff_lightning.commands.predict import is_of_files
 from ff_lightning.commands.predict import main as predict
@@ -33,6 +35,7 @@ from ff_lightning.tasks import task_of_name
 from ff_lightning.training.checkpoint_io import is_remote
 from ff_lightning.training.trust import check_stored
 
+_DEFAULT_DATA = "ff_lightning.data.Digits"
 _FROM_DATA = ("num_classes", "input_shape", "vocabulary", "task")
 
 
@@ -69,7 +72,7 @@ class CLI(LightningCLI):
             {
                 "checkpoint.auto_insert_metric_name": False,
                 "model": {"class_path": "ff_lightning.SFF"},
-                "data": {"class_path": "ff_lightning.data.Digits"},
+                "data": {"class_path": _DEFAULT_DATA},
             }
         )
         for name in _FROM_DATA:
@@ -106,7 +109,7 @@ class CLI(LightningCLI):
         subcommand = first.subcommand
         try:
             path = self._ckpt_path(first[subcommand])
-            stored = {} if path is None else self._stored_in(read_checkpoint(path), first[subcommand])
+            stored = {} if path is None else self._stored_in(path, first[subcommand])
         except ValueError as error:
             parser.error(str(error))
         chosen = {part: {"class_path": first[subcommand][part].class_path} for part in ("model", "data")}
@@ -124,8 +127,9 @@ class CLI(LightningCLI):
             return None
         return path if is_remote(path) else str(Path(path).expanduser())
 
-    def _stored_in(self, checkpoint: Any, config: Any) -> dict[str, Any]:
+    def _stored_in(self, path: str, config: Any) -> dict[str, Any]:
         """Model and data of a checkpoint that was written by the command line, if it may name what it names."""
+        checkpoint = read_checkpoint(path)
         found = {}
         for part, key, kind in (
             ("model", "hyper_parameters", LocalLearner), ("data", "datamodule_hyper_parameters", LightningDataModule),
@@ -134,8 +138,18 @@ class CLI(LightningCLI):
             if "_class_path" in stored:
                 check_stored(part, stored, kind, config.get(part))
                 arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
+                if part == "data" and self._is_other_data(config.data.class_path, stored["_class_path"]):
+                    arguments = {name: value for name, value in arguments.items() if name not in OF_ONE_SET}
+                elif part == "data" and isinstance(arguments.get("root"), str):
+                    arguments["root"] = find_root(arguments["root"], path)
                 found[part] = {"class_path": stored["_class_path"], "init_args": arguments}
         return found
+
+    @staticmethod
+    def _is_other_data(given: str, stored: str) -> bool:
+        """Whether the user asks for another class of data than a checkpoint names."""
+        asked = given != _DEFAULT_DATA or any(argument.split("=")[0] == "--data" for argument in _Parser.given)
+        return asked and given.rpartition(".")[2] != stored.rpartition(".")[2]
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: `parse_arguments` has done it, without overruling the command line."""
@@ -171,11 +185,11 @@ def _own_command(given: Sequence[str]) -> Callable[[Sequence[str]], None] | None
     """What runs without the Trainer, and so is no subcommand of LightningCLI."""
     if is_of_files(given):
         return predict
-    return {"sheet": sheet, "export": export, "init": init}.get(given[0]) if given else None
+    return {"sheet": sheet, "exits": exits, "export": export, "init": init}.get(given[0]) if given else None
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command: fit, validate, test, predict, export, sheet or init.
+    """Run a command: fit, validate, test, predict, exits, export, sheet or init.
 
     Args:
         args: What follows ``ff-lightning`` on the command line. None: the command line of the process.
@@ -193,6 +207,7 @@ def main(args: Sequence[str] | None = None) -> None:
             return
         given = ["--help" if argument == "--help_all" else argument for argument in given]
         check_configs(given)
+        given = compose(given)
         _Parser.given = given
         tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
         tips.addFilter(lambda record: "Tip:" not in str(record.msg))

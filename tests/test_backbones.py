@@ -7,6 +7,7 @@ from torchvision import models
 
 from ff_lightning import SFF, Backprop, partition
 from ff_lightning.backbones import build_backbone, load_weights
+from tests.conftest import small_net
 
 IMAGE = (3, 32, 32)
 
@@ -119,9 +120,16 @@ def test_weights_that_do_not_fit(weights, message, tmp_path):
         build_backbone("resnet18", 10, IMAGE, weights=path)
 
 
-def test_weights_for_a_module_are_the_users_own_affair():
-    with pytest.raises(ValueError, match="load them into the backbone that you give"):
-        SFF(backbone=nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), num_classes=10, weights="DEFAULT")
+def test_weights_for_a_module_are_those_of_a_checkpoint(make_trainer, digits, tmp_path):
+    trainer = make_trainer(max_epochs=1, limit_train_batches=1)
+    one = small_net()
+    trainer.fit(SFF(backbone=one, num_classes=10, input_shape=(1, 8, 8)), digits)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    other = small_net()
+    SFF(backbone=other, num_classes=10, input_shape=(1, 8, 8), weights=str(tmp_path / "first.ckpt"))
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one[:4].state_dict().items())
+    with pytest.raises(ValueError, match="weights='DEFAULT': must be a file for a backbone that is given as a module"):
+        SFF(backbone=small_net(), num_classes=10, input_shape=(1, 8, 8), weights="DEFAULT")
 
 
 def test_load_weights_of_the_same_network_changes_everything():

@@ -1,13 +1,18 @@
 """Early exit: what leaves where, and that it is answered as the network cut off there would answer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from ff_lightning import EarlyExit, LocalNet
+from ff_lightning.cli import main
 from ff_lightning.local.exits import RULES, margin, multiply_adds
 from ff_lightning.local.ffnet import FFNet, mlp
 from tests.conftest import small_net
+
+ROOT = Path(__file__).parents[1]
 
 
 def local_net(**arguments):
@@ -112,3 +117,21 @@ def test_what_cannot_work_is_said():
 
 def test_the_margin_is_that_of_the_two_best():
     assert margin(torch.tensor([[1.0, 5.0, 3.5]])).tolist() == [1.5]
+
+
+def test_the_command_prints_each_depth_and_each_rule(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(ROOT / "configs/ff/digits.yaml"), "--config", str(ROOT / "configs/trainer/cpu.yaml"),
+          "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "4"])  # fmt: skip
+    (path,) = Path().rglob("last.ckpt")
+    capsys.readouterr()
+    main(["exits", "--ckpt_path", str(path), "--out", "exits.png", "--rules", "margin", "mean_std"])
+    printed = capsys.readouterr().out
+    assert "blocks 0 to 1" in printed
+    assert "margin, target 0.95" in printed
+    assert Path("exits.png").stat().st_size > 0
+    rows = [line.split("│")[1:4] for line in printed.splitlines() if "margin" in line]
+    shares = [float(row[2]) for row in rows]
+    assert shares == sorted(shares, reverse=True), "the more leave, the less it costs"
+    with pytest.raises(SystemExit):
+        main(["exits", "--ckpt_path", "nothing.ckpt"])

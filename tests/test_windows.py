@@ -157,13 +157,23 @@ def test_what_is_kept_stays_below_the_share_of_backprop(network, share):
     assert max(found) <= 1.01 * max(share, *(net.windows.kept.share(k, k) for k in range(len(net.blocks))))
 
 
-NETWORKS = ["resnet18", "resnet50", "mobilenet_v3_small", "densenet121", "convnext_tiny", "efficientnet_b0", "vgg11_bn"]
+NETWORKS = [
+    "swin_t",
+    "resnet18",
+    "resnet50",
+    "mobilenet_v3_small",
+    "densenet121",
+    "convnext_tiny",
+    "efficientnet_b0",
+    "vgg11_bn",
+]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:reach=")
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_real_networks_keep_stays_below_the_share_of_backprop(name, side=64):
+def test_what_real_networks_keep_stays_below_the_share_of_backprop(name):
+    side = 64
     net = make(build_backbone(name, 10, (3, side, side)), input_shape=(3, side, side), reach=0.4)
     x, y = torch.randn(4, 3, side, side), torch.arange(4)
     whole = of_backprop(net, x)

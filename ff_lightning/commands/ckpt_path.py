@@ -1,11 +1,14 @@
 """The checkpoint that ``--ckpt_path`` stands for."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 from ff_lightning.training.checkpoint_io import check_whole, fetched, is_remote, read
+
+log = logging.getLogger(__name__)
 
 
 def find_checkpoint(which: str, root: str | None, dirpath: str | None) -> str:
@@ -62,3 +65,26 @@ def read_checkpoint(path: str) -> Mapping[str, Any]:
             f"ckpt_path={path!r} is no checkpoint of Lightning; weights alone are given as --model.weights FILE"
         )
     return content
+
+
+def find_root(root: str, checkpoint: str) -> str:
+    """The folder of the data that a checkpoint names, also from another folder than that of the training.
+
+    Args:
+        root: As it was given in the training.
+        checkpoint: Its path: a relative `root` that is not here may lie in a folder above the checkpoint.
+
+    Returns:
+        The folder; `root` itself, with a warning, where nothing is found.
+    """
+    place = Path(root).expanduser()
+    if place.is_absolute() or place.exists() or is_remote(checkpoint):
+        return root
+    for folder in Path(checkpoint).absolute().parents:
+        if (folder / place).exists():
+            return str(folder / place)
+    log.warning(
+        "root=%r of the checkpoint %s is relative to the folder of the training: it is neither in %s nor above the "
+        "checkpoint; give --data.root", root, checkpoint, Path.cwd(),
+    )  # fmt: skip
+    return root

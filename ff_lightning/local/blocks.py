@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ff_lightning.heads import HeadFactory, make_head
 from ff_lightning.heads.factory import takes_mask, with_mask
-from ff_lightning.local.chain import Norm, hand_on, held, run_block
+from ff_lightning.local.chain import Norm, hand_on, held, run_block, state_of
 from ff_lightning.local.objectives import Loss, Place, make_objective
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.windows import Counter, Kept, Storages, Windows
 from ff_lightning.losses import LogSumExpLoss, check_classes
-from ff_lightning.partition import Block, Granularity, Hooked, Inputs, State, partition
+from ff_lightning.partition import Block, Granularity, Hooked, Inputs, partition
 from ff_lightning.partition.block import main_output
 from ff_lightning.partition.trace import evaluating
 from ff_lightning.util.arguments import check_blocks, is_whole
@@ -149,14 +149,11 @@ class LocalBlocks(nn.Module):
         self.windows = Windows(self.reach, names, None if local else self.kept(), self.own_loss)
 
     def kept(self) -> Kept:
-        """What autograd keeps for one example in the blocks: as much as a batch of two keeps more."""
+        """What autograd keeps for one example in the blocks: as much as a batch of three keeps more than one of two."""
         with evaluating(self), torch.enable_grad():
             values = [value[:1] for value in self._example_here()]
-            once, twice = (self._storages([torch.cat([value] * count) for value in values]) for count in (1, 2))
-        inputs, *parts, backprop = [
-            {address: size - of_one for (address, size), of_one in zip(two.items(), one.values(), strict=True)}
-            for one, two in zip(once, twice, strict=True)
-        ]
+            two, three = (self._storages([torch.cat([value] * count) for value in values]) for count in (2, 3))
+        inputs, *parts, backprop = map(_per_example, two, three)
         return Kept(parts[::2], parts[1::2], inputs, sum(backprop.values()))
 
     def _storages(self, values: Sequence[Tensor]) -> list[Storages]:
@@ -252,9 +249,11 @@ def by_hooks(model: nn.Module) -> str:
     return f"{type(model).__name__}, whose blocks run only as parts of its own forward"
 
 
-def state_of(values: Sequence[Tensor]) -> State:
-    """What enters the first block."""
-    return tuple(values) if len(values) > 1 else values[0]
+def _per_example(two: Storages, three: Storages) -> Storages:
+    """From what batches of two and of three examples keep; constants do not count where both keep the like."""
+    if len(two) != len(three):
+        return {address: size // 3 for address, size in three.items()}
+    return {address: size - smaller for (address, size), smaller in zip(three.items(), two.values(), strict=True)}
 
 
 def _number(block: int | str, names: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -26,7 +27,8 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ff_lightning.backbones import Stem, build_backbone
+from ff_lightning.backbones import Stem, build_backbone, load_weights
+from ff_lightning.backbones.weights import read_weights
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.tasks import Task, TaskName, Unlabelled
 from ff_lightning.training import checks
@@ -198,7 +200,9 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
             backbone = cast(nn.Module, to_factory("backbone", backbone, nn.Module)())
         check_network("backbone", backbone, "the name of a network or ")
         if weights is not None:
-            raise ValueError(f"weights={weights!r}: load them into the backbone that you give, with load_state_dict")
+            if not Path(weights).expanduser().is_file():
+                raise ValueError(f"weights={weights!r}: must be a file for a backbone that is given as a module")
+            load_weights(backbone, read_weights(type(backbone).__name__, weights))
         if stem != "standard":
             warnings.warn(f"stem={stem!r} has no effect on a backbone that is given as a module", stacklevel=3)
         return backbone

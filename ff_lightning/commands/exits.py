@@ -1,0 +1,129 @@
+"""``ff-lightning exits``: what early exit saves, and what it costs."""
+
+import importlib
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ff_lightning.commands.answers import PlainParser, as_path
+from ff_lightning.commands.ckpt_path import read_checkpoint
+from ff_lightning.inference import load
+from ff_lightning.local.exits import RULES, EarlyExit, multiply_adds
+from ff_lightning.local.net import LocalNet
+from ff_lightning.training.trust import named_class
+
+TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95)
+"""Shares of the samples that leave at each block: the points of a curve."""
+
+
+class Point(NamedTuple):
+    """A way to answer, with what it costs."""
+
+    name: str
+    error: float
+    """Share of wrong answers."""
+    cost: float
+    """Multiplications with additions for a sample, as a share of those of all blocks."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Print the error and the cost of each depth and of each rule, and draw them.
+
+    Args:
+        args: What follows ``ff-lightning exits`` on the command line.
+
+    Raises:
+        ValueError: If the checkpoint names no data, or if its network cannot be left early.
+    """
+    parser = PlainParser(
+        prog="ff-lightning exits",
+        description="Error against multiply-adds: each depth for all samples, and early exit by each rule. Thresholds "
+        "are set on the validation samples, errors are those of the test samples.",
+    )
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a trained model")
+    parser.add_argument("--data.root", dest="root", help="folder of the data; by itself: the one of the training")
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES), help="rules to try")
+    parser.add_argument("--out", type=as_path, help="picture to draw, such as exits.png")
+    settings = parser.parse_args(args)
+    if settings.out and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"out={str(settings.out)!r} needs matplotlib: pip install 'ff-lightning[plot]'")
+    net: Any = load(settings.ckpt_path).network
+    net = getattr(net, "net", net)
+    data = _data(settings.ckpt_path, {"root": settings.root} if settings.root else {})
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    points = curve(net, data.val_dataloader(), data.test_dataloader(), settings.rules)
+    table = Table(title="test samples")
+    for column in ("answer", "error %", "multiply-adds %"):
+        table.add_column(column, justify="left" if column == "answer" else "right")
+    for point in points:
+        table.add_row(point.name, f"{100 * point.error:.2f}", f"{100 * point.cost:.1f}")
+    Console().print(table)
+    if settings.out:
+        _draw(points, settings.out)
+        print(settings.out)
+
+
+def curve(net: LocalNet, val: Iterable[Any], test: Iterable[Any], rules: Sequence[str]) -> list[Point]:
+    """Each depth, and then each rule at its targets.
+
+    Args:
+        net: Trained, in eval mode.
+        val: Batches that set the thresholds.
+        test: Batches (inputs, classes) that are judged.
+        rules: Names of `RULES`.
+    """
+    points: list[Point] = []
+    exiting = [EarlyExit(net, rule, target) for rule in rules for target in (TARGETS if rule != "mean_std" else [None])]
+    calibration = [batch[0] for batch in val]
+    for one in exiting:
+        one.calibrate(calibration)
+    samples = list(test)
+    costs = torch.tensor(multiply_adds(net, samples[0][0][:8]))
+    wrong = torch.zeros(len(costs))
+    with torch.no_grad():
+        for x, y in samples:
+            goodness = net.goodness(x)
+            answers = torch.stack([net.decide(goodness[: k + 1]).argmax(1) for k in range(len(goodness))])
+            wrong += (answers != y).sum(1)
+    number = sum(len(y) for _, y in samples)
+    for k, cost in enumerate(costs / costs[-1]):
+        points.append(Point(f"blocks 0 to {k}", wrong[k].item() / number, cost.item()))
+    for one in exiting:
+        found = [(*one.answers_and_exits(x), y) for x, y in samples]
+        error = sum((scores.argmax(1) != y).sum().item() for scores, _, y in found) / number
+        exits: Tensor = torch.cat([of_batch for _, of_batch, _ in found])
+        name = str(one.rule) if one.rule == "mean_std" else f"{one.rule}, target {one.target:g}"
+        points.append(Point(name, error, (costs[exits].mean() / costs[-1]).item()))
+    return points
+
+
+def _data(path: str, changes: dict[str, Any]) -> LightningDataModule:
+    """The data module that a checkpoint names."""
+    stored = dict(read_checkpoint(path).get("datamodule_hyper_parameters", {}))
+    if "_class_path" not in stored:
+        raise ValueError(f"ckpt_path={path!r} names no data: it was not written by ff-lightning fit")
+    cls: Any = named_class("the data", stored["_class_path"], (LightningDataModule,))
+    arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
+    return cls(**{**arguments, **changes})
+
+
+def _draw(points: Sequence[Point], path: Path) -> None:
+    plt: Any = importlib.import_module("matplotlib.pyplot")
+    figure, axes = plt.subplots()
+    for kind in ("blocks", *RULES):
+        own = [point for point in points if point.name.startswith(kind)]
+        axes.plot([100 * p.cost for p in own], [100 * p.error for p in own], "o-", label=kind)
+    axes.set_xlabel("multiply-adds, % of all blocks")
+    axes.set_ylabel("test error, %")
+    axes.legend()
+    figure.savefig(path)
+    plt.close(figure)
