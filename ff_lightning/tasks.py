@@ -280,7 +280,7 @@ class NextToken(Task):
     """The next token at each place of a text, out of K; logged as ``acc`` and ``perplexity``. For causal networks.
 
     Scores are (B, T, K), as those of the head ``"tokens"``; place t answers for the token at t + 1. Targets are the
-    token ids themselves (B, T), int64, `IGNORED` where none is to be told; without targets, those of the inputs.
+    token ids themselves (B, T), int64, `IGNORED` where none is to be told, such as padding.
     """
 
     monitor = ("val/perplexity", "min")

@@ -1,13 +1,17 @@
 """LocalNet and SFF on networks that run by their own forward."""
 
 import copy
+import re
+from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from ff_lightning import LocalNet
+from ff_lightning import SFF, Backprop, LocalNet
 from ff_lightning.local.chain import normalise
 from ff_lightning.losses import IGNORED, NextTokenLoss, logsumexp_loss
 from ff_lightning.tasks import NextToken
@@ -180,6 +184,30 @@ def test_bfloat16():
         assert F.cosine_similarity(one, other, 0) > 0.98
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("marker", ["DistilBertConfig(", "GPT2Config("])
+def test_the_code_of_the_docs(marker):
+    text = (Path(__file__).parents[1] / "docs/networks.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.S) if marker in block]
+    names = {}
+    exec(code.replace(marker, f"{marker}n_embd=32, n_head=2, " if "GPT2" in marker else f"{marker}dim=24, "), names)
+    assert len(getattr(names["model"], "net", names.get("net")).blocks) == 3
+
+
+def test_float16_gradients_are_computed_at_the_scale_of_the_run():
+    """They do not underflow: the scale is there in the backward of each block, and divided out but once."""
+    net, inputs = local_net("vit")
+    net.loss(inputs, Y).backward()
+    exact = gradients(net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    seen = []
+    net.heads[0].classes.register_full_backward_hook(lambda module, to_input, arriving: seen.append(arriving[0].norm()))
+    net.loss(inputs, Y)
+    scaler.scale(net.loss(inputs, Y, scaler)).backward()
+    torch.testing.assert_close(seen[1], 1024 * seen[0])
+    same({name: gradient / 1024 for name, gradient in gradients(net).items()}, exact)
+
+
 def causal_net():
     model, _ = make("gpt2")
     return LocalNet(model, 20, head="tokens", loss=NextTokenLoss(), example={"input_ids": IDS})
@@ -232,3 +260,51 @@ def test_next_token_loss():
     for says, target in wrong.items():
         with pytest.raises(ValueError, match=says):
             task.check(target, 2)
+
+
+def texts(count=64):
+    """A third token that tells the class; padding of three lengths."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 20, (count, 8), generator=generator)
+    y = torch.arange(count) % 2
+    ids[:, 2] = 1 + y
+    lengths = 6 + torch.arange(count) % 3
+    mask = (torch.arange(8) < lengths[:, None]).long()
+    return [{"input_ids": i, "attention_mask": m, "labels": c} for i, m, c in zip(ids, mask, y, strict=True)]
+
+
+def trainer(epochs=5):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return lightning.Trainer(max_epochs=epochs, accelerator="cpu", enable_checkpointing=False, **quiet)
+
+
+def test_sff(tmp_path):
+    """Batches as collators give them; both modes end with the same weights, and each block has learnt."""
+    ended = []
+    for mode in ("manual", "automatic"):
+        lightning.seed_everything(1, verbose=False)
+        kwargs = {"num_classes": 2, "input_shape": (8,), "vocabulary": 20, "lr": 3e-3, "lr_scheduler": "constant"}
+        model = SFF(make("distilbert")[0], optimization=mode, **kwargs)
+        run = trainer()
+        run.fit(model, DataLoader(texts(), 16, shuffle=True), DataLoader(texts(), 16))
+        assert all(run.callback_metrics[f"val/block{k:02d}_acc"] > 0.9 for k in range(3))
+        ended.append({name: p.clone() for name, p in model.named_parameters()})
+    assert all(torch.equal(p, ended[1][name]) for name, p in ended[0].items())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = SFF.load_from_checkpoint(tmp_path / "last.ckpt", backbone=make("distilbert")[0])
+    inputs = next(iter(DataLoader(texts(), 16)))
+    ours, theirs = model.eval().predict_step(inputs, 0), again.eval().predict_step(inputs, 0)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_backprop(norm):
+    """Beside SFF: the network with its own classifier, and the blocks with the norm that SFF trained them with."""
+    lightning.seed_everything(1, verbose=False)
+    model = Backprop(make("distilbert")[0], 2, (8,), norm=norm, vocabulary=20, lr=5e-3)
+    trainer(epochs=10).fit(model, DataLoader(texts(), 16, shuffle=True))
+    batch = next(iter(DataLoader(texts(), 64)))
+    scores = model.eval().predict_step(batch, 0)
+    assert (scores.argmax(1) == batch["labels"]).float().mean() > 0.9
+    F.cross_entropy(scores, batch["labels"]).backward()
+    assert all(p.grad is not None for p in model.net.parameters()), "gradients cross the borders"

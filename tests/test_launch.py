@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from tests import ddp_worker
 
-pytestmark = pytest.mark.ddp
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 ROOT = Path(__file__).parents[1]
 COMMAND = [
     "-m", "ff_lightning", "fit", "--config", str(ROOT / "configs/sff/digits_cnn.yaml"),
@@ -73,26 +73,6 @@ def wait_for_checkpoint(folder):
     wait_for(lambda: list(folder.rglob("last.ckpt")))
 
 
-@pytest.mark.slow
-def test_torchrun(tmp_path):
-    process = torchrun(tmp_path)
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode == 0, output[-3000:]
-    assert "2 processes" in output, "gloo says how many there are"
-    assert the_checkpoint(tmp_path)["global_step"] == 8
-
-
-@pytest.mark.slow
-def test_tasks_of_slurm(tmp_path):
-    port = free_port()
-    tasks = [slurm(tmp_path, rank, port) for rank in (0, 1)]
-    outputs = [task.communicate(timeout=200)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs[0][-3000:]
-    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in outputs[1]
-    assert the_checkpoint(tmp_path)["global_step"] == 8
-
-
-@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_and_the_checkpoint_is_whole(tmp_path):
     port = free_port()
     tasks = [slurm(tmp_path, rank, port, "--trainer.max_epochs", "1000") for rank in (0, 1)]
@@ -103,16 +83,15 @@ def test_a_process_that_dies_ends_the_others_and_the_checkpoint_is_whole(tmp_pat
     assert "Error" in output
     step = the_checkpoint(tmp_path)["global_step"]
     assert step > 0
-    port = free_port()
     path = next(tmp_path.rglob("last.ckpt"))
     more = ("--trainer.max_epochs", "1000", "--trainer.max_steps", str(step + 3), "--ckpt_path", str(path))
-    resumed = [slurm(tmp_path / "resumed", rank, port, *more) for rank in (0, 1)]
-    outputs = [task.communicate(timeout=200)[0] for task in resumed]
-    assert [task.returncode for task in resumed] == [0, 0], outputs[0][-3000:]
+    resumed = torchrun(tmp_path / "resumed", *more)  # what one launcher began another goes on with
+    output = resumed.communicate(timeout=200)[0]
+    assert resumed.returncode == 0, output[-3000:]
+    assert "2 processes" in output, "gloo says how many there are"
     assert the_checkpoint(tmp_path / "resumed")["global_step"] == step + 3
 
 
-@pytest.mark.slow
 def test_all_processes_stop_after_the_same_batch(tmp_path):
     process = torchrun(tmp_path, "--trainer.max_epochs", "1000")
     wait_for_checkpoint(tmp_path)
@@ -123,7 +102,6 @@ def test_all_processes_stop_after_the_same_batch(tmp_path):
     assert the_checkpoint(tmp_path)["global_step"] > 0
 
 
-@pytest.mark.slow
 def test_slurm_requeues_once_after_the_same_batch_of_all_tasks(tmp_path, monkeypatch):
     asked = tmp_path / "asked.txt"
     (tmp_path / "bin").mkdir()
@@ -150,35 +128,25 @@ def test_slurm_requeues_once_after_the_same_batch_of_all_tasks(tmp_path, monkeyp
     tasks = [slurm(folder, rank, port, *more) for rank in (0, 1)]  # as the job that was queued again
     outputs = [task.communicate(timeout=200)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs[0][-3000:]
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in outputs[1]
     steps = [torch.load(path, weights_only=True)["global_step"] for path in folder.rglob("last.ckpt")]
     assert step + 3 in steps, "it went on from the checkpoint of the job"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
-@pytest.mark.parametrize("name", ["manual", "automatic"])
-def test_other_ways_to_start_processes(name, strategy):
-    # in a process of its own: torch does not fork one whose autograd has started threads, as another test may have
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-        alone, together = fresh.submit(alone_and_together, name, strategy).result()
-    for key, value in alone.items():
-        torch.testing.assert_close(together[key], value, atol=1e-6, rtol=1e-4, msg=key)
+@pytest.fixture(scope="module")
+def fresh():
+    """A process of its own: torch does not fork one whose autograd has started threads, as another test may have."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
-def alone_and_together(name, strategy):
-    """The weights after a fit in one process with the joined batch, and in two processes."""
-    torch.set_num_threads(1)
-    alone, together = ddp_worker.make(name), ddp_worker.make(name)
-    loader = DataLoader(ddp_worker.images(), batch_size=2 * ddp_worker.BATCH)
-    ddp_worker.trainer(devices=1).fit(alone, loader)
-    ddp_worker.trainer(devices=2, strategy=strategy).fit(together, ddp_worker.SplitData())
-    return alone.state_dict(), together.state_dict()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "strategy"),
     [
+        ("manual", "ddp_spawn"),
+        ("automatic", "ddp_spawn"),
+        ("manual", "ddp_fork"),
+        ("automatic", "ddp_fork"),
         ("manual", {"gradient_as_bucket_view": True}),
         ("manual", {"find_unused_parameters": True}),
         ("automatic", {"gradient_as_bucket_view": True}),
@@ -187,9 +155,19 @@ def alone_and_together(name, strategy):
     ],
     ids=str,
 )
-def test_settings_of_ddp(name, settings):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-        strategy = DDPStrategy(start_method="fork", **settings)
-        alone, together = fresh.submit(alone_and_together, name, strategy).result()
+def test_other_ways_to_start_processes_and_settings_of_ddp(name, strategy, fresh):
+    alone, together = fresh.submit(alone_and_together, name, strategy).result()
     for key, value in alone.items():
         torch.testing.assert_close(together[key], value, atol=1e-6, rtol=1e-4, msg=key)
+
+
+def alone_and_together(name, strategy):
+    """The weights after a fit in one process with the joined batch, and in two processes."""
+    torch.set_num_threads(1)
+    if isinstance(strategy, dict):
+        strategy = DDPStrategy(start_method="fork", **strategy)
+    alone, together = ddp_worker.make(name), ddp_worker.make(name)
+    loader = DataLoader(ddp_worker.images(), batch_size=2 * ddp_worker.BATCH)
+    ddp_worker.trainer(devices=1).fit(alone, loader)
+    ddp_worker.trainer(devices=2, strategy=strategy).fit(together, ddp_worker.SplitData())
+    return alone.state_dict(), together.state_dict()

@@ -20,6 +20,14 @@ BATCHES = 4
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+@pytest.fixture(autouse=True)
+def _interrupts():
+    """Ctrl-C interrupts, also where a shell that runs the tests in its background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def make(**arguments):
     torch.manual_seed(0)
     return SFF(backbone=small_net(), num_classes=10, input_shape=(1, 8, 8), lr=0.01, **arguments)

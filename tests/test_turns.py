@@ -296,7 +296,12 @@ def test_memory_format_reaches_weights_and_features(make_trainer, digits):
 @pytest.mark.slow
 @MODES
 def test_compiled_blocks_end_in_the_same_weights(optimization, make_trainer, digits):
-    models = [make(compile=c, optimization=optimization, optimizer=torch.optim.SGD, lr=0.1) for c in (False, True)]
+    models = []
+    for chosen in (False, True):
+        torch.manual_seed(0)
+        network = small_net()[:3]
+        arguments = {"optimization": optimization, "optimizer": torch.optim.SGD, "lr": 0.1, **SHAPE}
+        models.append(SFF(backbone=network, compile=chosen, **arguments))
     for model in models:
         make_trainer(max_epochs=1).fit(model, digits)
     plain, compiled = map(state, models)

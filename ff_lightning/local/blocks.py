@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ff_lightning.heads import HeadFactory, make_head
 from ff_lightning.heads.factory import takes_mask, with_mask
-from ff_lightning.local.chain import Norm, hand_on, held, run_block
+from ff_lightning.local.chain import Norm, hand_on, held, run_block, state_of
 from ff_lightning.local.objectives import Loss, Place, make_objective
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.windows import Counter, Kept, Storages, Windows
 from ff_lightning.losses import LogSumExpLoss, check_classes
-from ff_lightning.partition import Block, Granularity, Hooked, Inputs, State, partition
+from ff_lightning.partition import Block, Granularity, Hooked, Inputs, partition
 from ff_lightning.partition.block import main_output
 from ff_lightning.partition.trace import evaluating
 from ff_lightning.util.arguments import check_blocks, is_whole
@@ -247,11 +247,6 @@ class LocalBlocks(nn.Module):
 def by_hooks(model: nn.Module) -> str:
     """The network, in a message, and why it cannot do what other networks can."""
     return f"{type(model).__name__}, whose blocks run only as parts of its own forward"
-
-
-def state_of(values: Sequence[Tensor]) -> State:
-    """What enters the first block."""
-    return tuple(values) if len(values) > 1 else values[0]
 
 
 def _per_example(two: Storages, three: Storages) -> Storages:

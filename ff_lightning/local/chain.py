@@ -4,7 +4,7 @@ Shapes: B batch, C channels, H x W or T positions.
 """
 
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,35 +98,49 @@ def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
+OfBlock = Callable[[int, Tensor, Tensor | None], Tensor]
+"""Is given the number of a block, its features, and the mask of their positions if there is one."""
+
+
 @dataclass(frozen=True)
 class Chain:
-    """The blocks of a network one after the other, and what is made of each."""
+    """The blocks of a network, to be run one after the other."""
 
     blocks: Sequence[Block]
-    of_block: Callable[[int, Tensor, Tensor | None], Tensor]
-    """Is given the number of a block, its features and their mask, in the mode of the block."""
+    hooked: Hooked | None
+    """The network, if the blocks run as parts of its own forward."""
+    inputs: Inputs
     norm: Norm
-    for_head: bool
-    """Whether the features are as they are; else they are normalised."""
-    masks: Sequence[Tensor | None]
-    """Of the positions of each block."""
-    mode: Callable[[int], AbstractContextManager[None]]
+    for_head: bool = False
+    """Whether features are as they are; else they are normalised."""
+    mode: Callable[[int], AbstractContextManager[None]] = lambda k: nullcontext()
     """The mode of each block."""
 
-    def run(self, state: State, borders: Container[int]) -> Generator[Tensor, Tensor | None, None]:
-        """Results of one block after the other; the next block runs when its result is asked for.
+    def run(
+        self, values: Sequence[Tensor], of_block: OfBlock, borders: Container[int]
+    ) -> Generator[Tensor, Tensor | None, None]:
+        """What a function makes of one block after the other, called in the mode of the block.
+
+        The next block runs when its result is asked for; blocks that run as parts of their network's own forward have
+        all run before the first result.
 
         Where a mask of the samples (B,) is sent to it, the others do not go on to the next block.
 
         Args:
-            state: What enters the first block.
+            values: What enters the network.
+            of_block: The function.
             borders: The blocks whose output is handed on detached.
         """
-        masks = self.masks
+        valid = self.inputs.valid(values)
+        masks = [valid if self.inputs.covers(block.map_shape) else None for block in self.blocks]
+        if self.hooked is not None:
+            yield from self._results_of_hooks(self.hooked, values, of_block, borders, masks)
+            return
+        state = state_of(values)
         for k, block in enumerate(self.blocks):
             with self.mode(k):
                 state, features = run_block(k, block, state, self.norm, k in borders, self.for_head, masks[k])
-                result = self.of_block(k, features, masks[k])
+                result = of_block(k, features, masks[k])
             del features  # neither the output of this block nor its loss is to be alive while the next one runs
             stay = yield result
             del result
@@ -134,20 +148,31 @@ class Chain:
                 state = _narrowed(state, stay)
                 masks = [mask if mask is None else mask[stay] for mask in masks]
 
-    def run_hooked(self, hooked: Hooked, call: Callable[[], Any]) -> Iterator[Tensor]:
-        """The same of blocks that run as parts of their network's own forward: all of them, and then the results."""
+    def _results_of_hooks(
+        self,
+        hooked: Hooked,
+        values: Sequence[Tensor],
+        of_block: OfBlock,
+        borders: Container[int],
+        masks: Sequence[Tensor | None],
+    ) -> list[Tensor]:
         results: list[Tensor] = []
 
         def visit(k: int, output: Tensor) -> Tensor:
-            outside, features = hand_on(self.blocks[k], output, self.norm, True, self.for_head, self.masks[k])
-            results.append(self.of_block(k, features, self.masks[k]))
+            outside, features = hand_on(self.blocks[k], output, self.norm, k in borders, self.for_head, masks[k])
+            results.append(of_block(k, features, masks[k]))
             return outside
 
         try:
-            hooked.run(call, visit, len(self.blocks), mode=self.mode)
+            hooked.run(lambda: self.inputs.call(hooked.model, values), visit, len(self.blocks), mode=self.mode)
         except IndexError as error:  # an id that an embedding does not have
             raise ValueError(f"{type(hooked.model).__name__}: {error}") from error
-        yield from results
+        return results
+
+
+def state_of(values: Sequence[Tensor]) -> State:
+    """What enters the first block."""
+    return tuple(values) if len(values) > 1 else values[0]
 
 
 def _narrowed(state: State, stay: Tensor) -> State:

@@ -5,7 +5,6 @@ Shapes: B batch, C channels, H x W or T positions, K classes, L blocks.
 
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
-from functools import partial
 from typing import cast, get_args
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from ff_lightning.heads import HEADS, HeadFactory, check_head
 from ff_lightning.heads.factory import with_mask
 from ff_lightning.heads.layers import position_means, without_padding
-from ff_lightning.local.blocks import LocalBlocks, by_hooks, state_of
-from ff_lightning.local.chain import Chain, Norm, norm_for
+from ff_lightning.local.blocks import LocalBlocks, by_hooks
+from ff_lightning.local.chain import Chain, Norm, OfBlock, norm_for
 from ff_lightning.local.objectives import Loss, Objective, check_loss, checked_loss
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.votes import VOTES
@@ -203,7 +202,7 @@ class LocalNet(LocalBlocks):
     def _each(
         self,
         x: Example,
-        of_block: Callable[[int, Tensor, Tensor | None], Tensor],
+        of_block: OfBlock,
         borders: Container[int] | None = None,
         for_head: bool = True,
         count: int | None = None,
@@ -212,14 +211,9 @@ class LocalNet(LocalBlocks):
 
         See `Chain`; what leaves a block of `borders` (None: all) is detached.
         """
-        values = self.inputs.values(x)
-        valid = self.inputs.valid(values)
-        masks = [valid if self._is_masked(k) else None for k in range(len(self.blocks))]
         blocks = cast(Sequence[Block], self.blocks[:count])
-        chain = Chain(blocks, of_block, self.norm, for_head, masks, self._mode_of)
-        if self.hooked is None:
-            return chain.run(state_of(values), borders or range(len(blocks)))
-        return chain.run_hooked(self.hooked, partial(self.inputs.call, self.hooked.model, values))
+        chain = Chain(blocks, self.hooked, self.inputs, self.norm, for_head, self._mode_of)
+        return chain.run(self.inputs.values(x), of_block, borders or range(len(blocks)))
 
     def _losses(
         self, x: Example, y: Tensor, see: Callable[[int, Tensor], None] | None, scaler: torch.amp.GradScaler | None

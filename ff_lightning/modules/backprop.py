@@ -1,6 +1,6 @@
 """Ordinary backpropagation: the baseline, as a network that is a single unit."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ff_lightning.backbones import Stem
 from ff_lightning.heads.layers import position_means
-from ff_lightning.local.chain import Norm, norm_for, run_block
+from ff_lightning.local.chain import Chain, Norm, norm_for
 from ff_lightning.local.updates import Update
 from ff_lightning.modules.base import LocalLearner
-from ff_lightning.partition import Block, Example, Granularity, Inputs, State, partition
+from ff_lightning.partition import Block, Example, Granularity, Inputs, cut
 from ff_lightning.partition.inputs import make_example
 from ff_lightning.training.matching import classes_of_classifier
 from ff_lightning.util.arguments import check_choice, check_granularity, check_number, check_switch
@@ -33,19 +33,18 @@ class NormedBlocks(nn.Module):
         self, model: nn.Module, num_classes: int, granularity: Granularity, norm: Norm, example: Example, inputs: Inputs
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(partition(model, granularity, example))
+        blocks, self.hooked = cut(model, granularity, example)
+        self.blocks = nn.ModuleList(blocks)
         self.norm = norm_for(norm, inputs)
         self.inputs = inputs
-        self.classifier = nn.Linear(cast(Block, self.blocks[-1]).map_shape[0], num_classes)
+        self.classifier = nn.Linear(blocks[-1].map_shape[0], num_classes)
 
     def forward(self, *values: Tensor) -> Tensor:
         """Scores of the classes, (B, C, H, W) -> (B, K)."""
-        state: State = values if len(values) > 1 else values[0]
-        valid = self.inputs.valid(values)
-        for k, block in enumerate(cast(Iterable[Block], self.blocks)):
-            mask = valid if self.inputs.covers(block.map_shape) else None
-            state, features = run_block(k, block, state, self.norm, detach=False, for_head=False, mask=mask)
-        return self.classifier(position_means(features, mask))
+        blocks = cast(Sequence[Block], self.blocks)
+        chain = Chain(blocks, self.hooked, self.inputs, self.norm)
+        *_, means = chain.run(values, lambda k, features, mask: position_means(features, mask), borders=())
+        return self.classifier(means)
 
 
 class Backprop(LocalLearner):
@@ -117,7 +116,8 @@ class Backprop(LocalLearner):
         return self._run(inputs)[None]
 
     def _run(self, inputs: Any) -> Tensor:
-        return self.inputs.call(self.net, self.inputs.values(inputs))
+        output = self.inputs.call(self.net, self.inputs.values(inputs))
+        return output["logits"] if isinstance(output, Mapping) else output  # what networks of transformers return
 
     def representation(self, *inputs: Any) -> Tensor:
         """What enters the last layer, (B, D)."""
