@@ -344,7 +344,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(make_trainer, digits, t
 def test_data_and_model_must_agree(make_trainer, digits):
     with pytest.raises(ValueError, match="num_classes=7 of the model, but Digits has 10 classes"):
         make_trainer().fit(SFF(num_classes=7, input_shape=(1, 8, 8)), digits)
-    with pytest.raises(ValueError, match=r"input_shape=\(3, 8, 8\) of the model, but Digits has images of shape \(1,"):
+    with pytest.raises(ValueError, match=r"input_shape=\(3, 8, 8\) of the model, but Digits has samples of shape \(1,"):
         make_trainer().fit(SFF(num_classes=10, input_shape=(3, 8, 8)), digits)
 
 
