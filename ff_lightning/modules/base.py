@@ -40,7 +40,7 @@ from ff_lightning.training.resumable import Resumable
 from ff_lightning.training.schedules import Schedule
 from ff_lightning.training.stepping import Stepper
 from ff_lightning.training.trust import SafeLoading
-from ff_lightning.util.arguments import check_choice, check_keywords, check_network
+from ff_lightning.util.arguments import check_choice, check_keywords, check_network, check_path
 
 
 class LocalLearner(SafeLoading, Optimizing, Resumable):
@@ -199,6 +199,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         if isinstance(backbone, Mapping):
             backbone = cast(nn.Module, to_factory("backbone", backbone, nn.Module)())
         check_network("backbone", backbone, "the name of a network or ")
+        check_path("weights", weights, optional=True)
         if weights is not None:
             if not Path(weights).expanduser().is_file():
                 raise ValueError(f"weights={weights!r}: must be a file for a backbone that is given as a module")
