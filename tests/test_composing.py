@@ -9,7 +9,7 @@ CONFIG = """
 data:
   class_path: ImageFolder
   init_args: {root: photos, classes: [a, b], batch_size: 7}
-model: {class_path: SFF, init_args: {lr: 0.25}}
+model: {class_path: ff_lightning.SFF, init_args: {lr: 0.25}}
 """
 
 

@@ -15,7 +15,7 @@ SHAPE = {"num_classes": 10, "input_shape": (1, 8, 8)}
 
 @pytest.fixture(scope="module")
 def made():
-    names = {"__name__": "extend"}
+    names = {"__name__": __name__}
     for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.S):
         exec(block, names)
     return names
