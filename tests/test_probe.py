@@ -96,9 +96,7 @@ def test_what_cannot_be_probed_is_said(make_trainer, digits):
     with pytest.raises(ValueError, match="a probe reads classes"):
         make_trainer(callbacks=[OnlineProbe(num_classes=3)]).fit(make("SCFF"), DataLoader(images, batch_size=None))
     with pytest.raises(ValueError, match="num_classes of OnlineProbe is missing"):
-        make_trainer(callbacks=[OnlineProbe()]).fit(
-            make("SCFF"), DataLoader([(images[0], torch.arange(8))], batch_size=None)
-        )
+        make_trainer(callbacks=[OnlineProbe()]).fit(make("SCFF"), labelled)
     with pytest.raises(ValueError, match=r"lr=0: must be above 0"):
         OnlineProbe(lr=0)
     with pytest.raises(ValueError, match="there is no sample to probe"):

@@ -67,10 +67,11 @@ class OnlineProbe(Callback):
         self.optimizer.step()
         pl_module.log("train/probe_loss", loss.detach())
 
-    def _make(self, trainer: Trainer, pl_module: LightningModule, features: int) -> None:
+    def _make(self, trainer: Trainer, pl_module: Any, features: int) -> None:
         """The read-out for so many features, as a checkpoint has it."""
-        known = (self.num_classes, getattr(trainer, "datamodule", None), pl_module)
-        classes = next((k for k in (getattr(x, "num_classes", x) for x in known) if k is not None and k > 1), None)
+        of_data = getattr(getattr(trainer, "datamodule", None), "num_classes", None)
+        of_model = pl_module.num_classes if pl_module.num_classes > 1 else None  # 1: it was not told
+        classes = self.num_classes or of_data or of_model
         if classes is None:
             raise ValueError("num_classes of OnlineProbe is missing: neither data nor model say how many there are")
         self.probe = LinearProbe(features, classes).to(pl_module.device)

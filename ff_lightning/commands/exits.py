@@ -57,7 +57,7 @@ def main(args: Sequence[str]) -> None:
     net: Any = load(settings.ckpt_path).network
     net = getattr(net, "net", net)
     data = data_of(settings.ckpt_path, {"root": settings.root} if settings.root else {})
-    data.preparedata_of()
+    data.prepare_data()
     data.setup("fit")
     data.setup("test")
     points = curve(net, data.val_dataloader(), data.test_dataloader(), settings.rules)

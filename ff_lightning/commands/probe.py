@@ -11,7 +11,7 @@ from ff_lightning.commands.answers import PlainParser
 from ff_lightning.commands.ckpt_path import read_checkpoint
 from ff_lightning.commands.exits import data_of
 from ff_lightning.inference.facts import facts_of
-from ff_lightning.local.probes import final_probe
+from ff_lightning.local.probes import DECAYS, final_probe
 from ff_lightning.modules import LocalLearner
 from ff_lightning.training.trust import named_class
 

@@ -116,11 +116,11 @@ def fit_probe(
     def loss() -> Tensor:
         optimizer.zero_grad()
         found = F.cross_entropy(probe.linear(features), classes) + decay / 2 * probe.linear.weight.square().sum()
-        found.backward()  # type: ignore[no-untyped-call]
+        found.backward()
         return found
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[no-untyped-call, arg-type]
+        optimizer.step(loss)
     return probe
 
 
