@@ -174,5 +174,6 @@ def plot(runs: Sequence[Run], stage: str, path: Path) -> None:
 
 
 def _blocks(run: Run, stage: str) -> list[str]:
-    """Names of the first figure that a task is judged by, of each block."""
-    return [name for name in run.of_stage(stage) if re.fullmatch(rf"block\d+_{run.shown[0]}", name)]
+    """Names of the first figure that a task is judged by, of each block; none where the network is one block."""
+    names = [name for name in run.of_stage(stage) if re.fullmatch(rf"block\d+_{run.shown[0]}", name)]
+    return names if len(names) > 1 else []
