@@ -144,7 +144,7 @@ def write_table(out: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
 def summary(found: Counter[str], probabilities: Sequence[float], lost: Sequence[str]) -> str:
     """How many images are of each class, and how many could not be read.
 
-    Example:
+    Examples:
         >>> print(summary(Counter(cat=3, dog=1), [0.9, 0.8, 0.9, 0.6], ["cannot read the image x.jpg"]))
         class  images
         cat         3

@@ -111,7 +111,7 @@ def _value_of(option: str, given: Sequence[str]) -> str | None:
 def class_help(option: str, cls: type) -> str:
     """The arguments of a class with their defaults and what their docstrings say.
 
-    Example:
+    Examples:
         >>> from ff_lightning.data import FakeImages
         >>> class_help("--data", FakeImages).splitlines()[3:5]
         ['  --data.images 1000', '      Number of training images; there are a quarter as many to test.']

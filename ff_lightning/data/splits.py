@@ -49,7 +49,7 @@ def class_numbers(classes: Sequence[int | str], names: Sequence[str]) -> list[in
 def renumber(labels: Numbers, chosen: Sequence[int]) -> Numbers:
     """Labels numbered by their place among the chosen classes; -1 for other classes.
 
-    Example:
+    Examples:
         >>> renumber(np.array([5, 6, 7]), [7, 5])
         array([ 1, -1,  0])
     """

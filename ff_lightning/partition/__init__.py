@@ -60,9 +60,9 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Exa
             be traced, if the example does not pass through it, or if the blocks would compute something else.
 
     Warns:
-        If parameters of the network are in no block, or get no gradient there.
+        UserWarning: If parameters of the network are in no block, or get no gradient there.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.LazyLinear(10))

@@ -34,8 +34,8 @@ def check(features: Features, blocks: Sequence[Block], snapshot: Snapshot) -> No
             gradient from the network, but not in its block.
 
     Warns:
-        If the network itself gives parameters no gradient, if parameters take no part in the features, or if hooks
-        or attributes of modules that are taken apart are not served by the blocks.
+        UserWarning: If the network itself gives parameters no gradient, if parameters take no part in the features, or
+            if hooks or attributes of modules that are taken apart are not served by the blocks.
     """
     model = features.model
     if features.example.device.type == "meta":

@@ -41,7 +41,7 @@ class HookedBlock(Block):
         """Nothing is compiled.
 
         Warns:
-            In any case.
+            UserWarning: In any case.
         """
         warnings.warn(
             "compile: only the heads are compiled, not the blocks, which run as parts of their network's own forward",
@@ -68,7 +68,8 @@ class Hooked:
         ValueError: If the granularity does not fit the network, or if the example does not pass through it.
 
     Warns:
-        If parameters, other than those of a classifier, are left out, get no gradient, or are used by several units.
+        UserWarning: If parameters, other than those of a classifier, are left out, get no gradient, or are used by
+            several units.
     """
 
     def __init__(self, model: nn.Module, granularity: Any, call: Callable[[], Any]) -> None:
