@@ -176,8 +176,8 @@ def _check_gradients(features: Features, blocks: Sequence[Block], inputs: Sequen
                 f"the loss of its own unit does not reach {_listed(lost)}, though {_name(model)} trains it: freeze it"
             )
         warnings.warn(
-            f"{_name(model)} gives {_listed(list(unreached))} no gradient (unused, torch.no_grad, detach), and neither do "
-            "its blocks",
+            f"{_name(model)} gives {_listed(list(unreached))} no gradient (unused, torch.no_grad, detach), and "
+            "neither do its blocks",
             stacklevel=6,
         )
     known = {parameter for block in blocks for parameter in block.parameters()}

@@ -144,9 +144,7 @@ class Hooked:
 
     def _check_gradients(self, call: Callable[[], Any]) -> None:
         """Raise ValueError if the whole network trains a weight that no block does."""
-        unreached = {
-            block.body.get_parameter(name): name for block in self.blocks for name in block.without_gradient
-        }
+        unreached = {block.body.get_parameter(name): name for block in self.blocks for name in block.without_gradient}
         if not unreached:
             return
         outputs: list[Tensor] = []
