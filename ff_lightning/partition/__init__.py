@@ -16,8 +16,8 @@ from ff_lightning.partition.inputs import Example, Inputs
 from ff_lightning.partition.probe import hides_layers
 from ff_lightning.partition.shapes import materialise
 from ff_lightning.partition.trace import CannotTraceError, unwrapped
+from ff_lightning.partition.undivided import CannotDivideError
 from ff_lightning.partition.untouched import Snapshot, untouched
-from ff_lightning.partition.whole import CannotDivideError
 from ff_lightning.util.arguments import check_granularity, check_network
 
 __all__ = ["Block", "Example", "Granularity", "Hooked", "Inputs", "State", "cut", "partition"]
