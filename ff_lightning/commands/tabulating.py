@@ -167,7 +167,8 @@ def plot(runs: Sequence[Run], stage: str, path: Path) -> None:
                 label = f"{method}, vote" if blocks else method
                 panel.axhline(mean(vote.values()), linestyle="--" if blocks else "-", label=label, **style)
         unit = f"{shown}, %" if _in_percent(shown) else shown
-        panel.set(title=recipe, xlabel="block", ylabel=f"{stage} {unit}")
+        last = max(len(_blocks(run, stage)) for run in group)
+        panel.set(title=recipe, xlabel="block", ylabel=f"{stage} {unit}", xticks=range(last))
         panel.legend()
     figure.tight_layout()
     figure.savefig(path)

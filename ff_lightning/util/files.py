@@ -20,7 +20,7 @@ _PART = re.compile(r".+\.[0-9a-f]{32}\.part")
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Another name beside `path` to write to, which takes its place in one step when all went well.
 
     A process that dies while it writes leaves the file that was there before, and one that reads it is not disturbed;
