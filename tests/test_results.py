@@ -74,9 +74,8 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_as_one_that_was_not(tmp_path, c
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE) as process:
         while not (there := [*tmp_path.rglob("last.ckpt")]) and process.poll() is None:
             time.sleep(0.05)
+        assert there, process.communicate()
         process.terminate() if how == signal.SIGTERM else os.killpg(process.pid, how)
-        _, said = process.communicate()
-    assert there, said
     assert (tmp_path / "cut/digits_cnn/sff-0.part").is_dir()
     with claimed(tmp_path / "cut/digits_cnn/sff-0.lock") as mine:
         assert mine, "nobody trains on"

@@ -23,7 +23,7 @@ from ff_lightning import __version__
 from ff_lightning.commands.ckpt_path import read_checkpoint
 from ff_lightning.inference.facts import facts_of
 from ff_lightning.tasks import TASKS
-from ff_lightning.util.files import claimed, whole
+from ff_lightning.util.files import claimed, replacing
 
 SETTINGS = "settings.yaml"
 """In the folder of a run: its config, and in the last line its stage and the further arguments."""
@@ -161,7 +161,7 @@ def _make(
         "versions": f"ff_lightning {__version__}, torch {torch.__version__}, lightning {lightning.__version__}, "
         f"Python {platform.python_version()}",
     }
-    with whole(part / RECORD) as path:
+    with replacing(part / RECORD) as path:
         path.write_text(json.dumps(record, indent=1))
 
 

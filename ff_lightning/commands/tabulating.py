@@ -18,7 +18,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from ff_lightning.commands.runs import Run
-from ff_lightning.util.files import whole
+from ff_lightning.util.files import replacing
 
 BASELINE = "backprop"
 _COLUMNS = ("recipe", "method", "seed", "figure", "value", "epochs", "command", "date", "versions")
@@ -136,7 +136,7 @@ def _text(figure: str, value: float) -> str:
 
 def write_csv(runs: Sequence[Run], stage: str, path: Path) -> None:
     """Every figure of a stage of every run, in a line of its own, as it was logged: shares are 0 to 1."""
-    with whole(path) as part, part.open("w", newline="") as file:
+    with replacing(path) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(_COLUMNS)
         for run in runs:
