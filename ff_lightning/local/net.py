@@ -89,7 +89,7 @@ class LocalNet(LocalBlocks):
     Raises:
         ValueError: If an argument is out of its range or the model cannot be cut; see `ff_lightning.partition`.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.ReLU())
         >>> net = LocalNet(model, num_classes=10, input_shape=(1, 8, 8))
