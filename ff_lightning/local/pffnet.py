@@ -12,6 +12,7 @@ Shapes: B batch, K classes, L layers, F values of a sample, N units of a layer, 
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from sklearn.mixture import GaussianMixture
@@ -102,6 +103,12 @@ class PFFNet(nn.Module):
 
     latents: Tensor
     latent_classes: Tensor
+    latent_size = 20
+    """Z."""
+    latent_rate = 0.025
+    """How far a latent moves down its error in a step."""
+    generative_noise = 0.025
+    """Deviation of the noise in the states that the generative circuit predicts from, in training."""
 
     def __init__(
         self,
@@ -116,37 +123,35 @@ class PFFNet(nn.Module):
         label_gain: float = 5.0,
         generative: bool = True,
         sign: int = -1,
-        latent_size: int = 20,
-        latent_rate: float = 0.025,
-        generative_noise: float = 0.025,
     ) -> None:
         super().__init__()
         if isinstance(units, str) or not isinstance(units, Sequence) or not units:
             raise ValueError(f"units={shown(units)}: must be a list of the units of each layer")
-        for name, value in (("steps", steps), ("groups", groups), ("latent_size", latent_size)):
-            check_whole(name, value)
+        check_whole("steps", steps)
+        check_whole("groups", groups)
         for width in units:
             check_whole("units", width)
             if width % groups:
                 raise ValueError(f"units={shown(units)}: {width} is no multiple of groups={groups}")
-        for name, value in (("theta", theta), ("label_gain", label_gain), ("latent_rate", latent_rate)):
-            check_number(name, value, above=0)
+        check_number("theta", theta, above=0)
+        check_number("label_gain", label_gain, above=0)
         check_number("alpha", alpha, least=0, below=1)
         check_number("noise", noise, least=0)
-        check_number("generative_noise", generative_noise, least=0)
         check_switch("generative", generative)
         if sign not in (1, -1):
             raise ValueError(f"sign={shown(sign)}: must be 1 or -1")
         self.num_classes, self.steps, self.theta, self.alpha = num_classes, steps, theta, alpha
         self.noise, self.label_gain, self.sign = noise, label_gain, sign
-        self.latent_rate, self.generative_noise = latent_rate, generative_noise
         sizes = [inputs, *units, num_classes]
-        self.layers = nn.ModuleList(PFFLayer(*sizes[k : k + 3], groups, generative) for k in range(len(units)))
+        self.layers: Any = nn.ModuleList(
+            PFFLayer(below, width, above, groups, generative)
+            for below, width, above in zip(sizes, sizes[1:], sizes[2:], strict=False)
+        )
         self.readout = nn.Linear(sum(units), num_classes)
-        self.top = nn.Linear(latent_size, units[-1], bias=False) if generative else None
+        self.top: Any = nn.Linear(self.latent_size, units[-1], bias=False) if generative else None
         if self.top is not None:
             nn.init.uniform_(self.top.weight, 0, 0.05)
-            self.register_buffer("latents", torch.zeros(MEMORY, latent_size))
+            self.register_buffer("latents", torch.zeros(MEMORY, self.latent_size))
             self.register_buffer("latent_classes", torch.full((MEMORY,), -1))
 
     def units(self) -> dict[str, list[nn.Module]]:
@@ -257,7 +262,7 @@ class PFFNet(nn.Module):
 
     def latents_of(self, state: Tensor) -> Tensor:
         """The latents that settle under states of the last layer, (B, N) -> (B, Z)."""
-        latent = state.new_zeros(len(state), self.latents.shape[1])
+        latent = state.new_zeros(len(state), self.latent_size)
         for _ in range(self.steps):
             latent = self.move_latent(latent, state)
         return latent
@@ -317,7 +322,7 @@ class PFFNet(nn.Module):
         with torch.no_grad():
             states = self.start(x)
         start = states[-1][:batch]
-        latent = x.new_zeros(len(x), self.latents.shape[1]) if self.top is not None else None
+        latent = x.new_zeros(len(x), self.latent_size) if self.top is not None else None
         for _ in range(self.steps):
             states = self.step(states, x, labels, self.noise)
             losses = [F.binary_cross_entropy_with_logits(self.logit(state), positive) for state in states]

@@ -92,7 +92,7 @@ class PFF(LocalLearner):
             steps, theta, alpha, noise, groups, label_gain, generative, sign,
         )  # fmt: skip
         self.readout_lr = readout_lr
-        self.reconstruction = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
+        self.reconstruction: Any = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self.set_units({**self.net.units(), "readout": [self.net.readout]})
 
     def local_updates(self, batch: Any) -> Iterator[Update]:
