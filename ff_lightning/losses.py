@@ -31,7 +31,7 @@ def logsumexp_loss(goodness: Tensor, target: Tensor, label_smoothing: float = 0.
 
     Source: Krutsylo, Scalable Forward-Forward, arXiv 2501.03176.
 
-    Example:
+    Examples:
         >>> import torch
         >>> logsumexp_loss(torch.tensor([[2.0, 2.0]]), torch.tensor([1]))
         tensor(0.6931)

@@ -30,7 +30,7 @@ def overlay(x: Tensor, labels: Tensor) -> Tensor:
 
     Source: Hinton, The Forward-Forward Algorithm, arXiv 2212.13345.
 
-    Example:
+    Examples:
         >>> overlay(torch.tensor([[[[0.0, 0.5], [0.5, 4.0]]]]), torch.tensor([[0.0, 1.0]])).flatten().tolist()
         [0.0, 4.0, 0.5, 4.0]
     """

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from PIL import Image
 from rich.console import Console
 
 from ff_lightning.benchmark.__main__ import main
-from ff_lightning.benchmark.measure import Alive, Result, measure, ratio_of_times
+from ff_lightning.benchmark.measure import Alive, Result, _count, measure, ratio_of_times
 from ff_lightning.benchmark.report import print_table
 from ff_lightning.benchmark.variants import Settings, build
 from ff_lightning.util.memory import saved_for_backward
@@ -46,6 +47,19 @@ def test_saved_by_checkpointing_is_the_inputs_and_one_block():
         peak = max(peak, inputs + saved.now)
         x = out.detach().requires_grad_()
     assert variant.saved_peak() == peak
+
+
+def test_the_course_of_a_step_is_a_mountain_and_a_saw_tooth():
+    courses = {}
+    for name in ("backprop", "sff block"):
+        _count(build(SETTINGS, name), result := Result(name, []))
+        kept = [size for _, size in result.course]
+        assert max(kept) == result.saved_peak
+        end, done = kept[-1], [count for count, _ in result.course]  # behind the step: the batch, running statistics
+        assert done == sorted(done)
+        assert done[-1] == result.operations
+        courses[name] = sum(before > end >= after for before, after in pairwise(kept))
+    assert courses == {"backprop": 1, "sff block": 3}, "how often all is let go: once, and behind each block"
 
 
 def test_spread_is_half_the_distance_between_the_quartiles():

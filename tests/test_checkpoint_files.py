@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ff_lightning import SFF, Backprop, data
 from ff_lightning.callbacks import BestCheckpoint, LastCheckpoint
 from ff_lightning.training.checkpoint_io import WholeCheckpointIO
-from ff_lightning.util.files import whole
+from ff_lightning.util.files import replacing
 from tests.conftest import make_trainer_in, small_net
 from tests.test_cli import run
 
@@ -162,7 +162,7 @@ def test_an_error_in_what_is_saved_stays_as_it_is(tmp_path):
 
 
 def write_for_ever(path, pipe):
-    with whole(path) as part:
+    with replacing(path) as part:
         part.write_text("half")
         pipe.send(part.name)
         time.sleep(100)

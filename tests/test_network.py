@@ -164,7 +164,7 @@ def test_blocks_may_share_a_head(reach, trained):
     delivered = deliver(two.updates(x, Y), [two.block_parameters(k) for k in range(3)])
     delivered.losses.sum().backward()
     assert_same(gradients(one), gradients(two), exact=False)
-    assert not {*two.heads.parameters()} & delivered.idle
+    assert not {*two.heads.parameters()} & delivered.without_gradient
 
 
 def test_every_border_is_open_at_times():

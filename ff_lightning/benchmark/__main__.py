@@ -87,6 +87,10 @@ def _positive(text: str) -> int:
     return value
 
 
+def _natural(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = PlainParser(
         prog="python -m ff_lightning.benchmark",
@@ -109,9 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--micro-batches", type=_positive, default=4, help="of the variant that accumulates gradients")
     add("--steps", type=_positive, default=2, help="counted steps of a turn; an epoch, for --what trainer, is one step")
     add("--epoch-batches", type=_positive, default=20, help="steps of an epoch, for --what trainer")
-    add("--repetitions", type=_positive, default=9, help="turns of each variant")
+    add("--repetitions", type=_natural, default=9, help="turns of each variant; 0 only counts")
     add("--json", type=as_path, metavar="FILE", help="write all figures")
-    add("--plot", type=as_path, metavar="FILE.png", help="draw memory over a step; needs matplotlib")
+    add("--plot", type=as_path, metavar="FILE", help="draw memory over a step, .svg or .png; needs matplotlib")
     return parser
 
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ff_lightning.benchmark.variants import Settings, Variant, build
-from ff_lightning.util.memory import saved_for_backward
+from ff_lightning.util.memory import Saved, saved_for_backward
 
 
 class Alive(TorchDispatchMode):
@@ -54,6 +54,25 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
+class Course(TorchDispatchMode):
+    """What a step keeps for backward, after each of its operations."""
+
+    def __init__(self, operations: FlopCounterMode, saved: Saved) -> None:
+        super().__init__()
+        self._operations, self._saved = operations, saved
+        self.points: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation; note how many floating-point operations are done by now, and the bytes kept."""
+        result = func(*args, **(kwargs or {}))
+        point = self._operations.get_total_flops(), self._saved.now
+        if not self.points or self.points[-1][1] != point[1]:
+            self.points.append(point)
+        return result
+
+
 @dataclass
 class Result:
     """What was measured of a variant."""
@@ -66,7 +85,7 @@ class Result:
     device_peak: int = 0  # bytes of the process, or of the device, that the steps added
     gradients: int = 0  # bytes of gradients alive at once
     optimizer: int = 0  # bytes of its state
-    history: tuple[int, ...] = ()  # bytes of all tensors of a step, after each operation
+    course: tuple[tuple[int, int], ...] = ()  # operations done and bytes kept for backward, through a step
     skipped: str = ""  # why it could not be run
 
     @property
@@ -98,7 +117,7 @@ def measure(settings: Settings, names: list[str], compiled: bool, repetitions: i
         settings: What they share.
         names: See `variants.build`.
         compiled: Whether each is measured with `torch.compile` as well.
-        repetitions: Turns of each.
+        repetitions: Turns of each; 0: nothing is timed, only counted.
         steps: Steps of a turn that are counted.
     """
     context = multiprocessing.get_context("spawn")
@@ -112,7 +131,7 @@ def measure(settings: Settings, names: list[str], compiled: bool, repetitions: i
         result = _answer(ours, name)  # one after the other: none is disturbed while it counts
         workers.append((ours, process, result))
     running = [worker for worker in workers if not worker[2].skipped]
-    for turn in track(range(repetitions + 1), "taking turns", console=console, transient=True):
+    for turn in track(range(repetitions + 1 if repetitions else 0), "taking turns", console=console, transient=True):
         for ours, _, result in running:
             ours.send("turn")
             seconds = _answer(ours, result.name)
@@ -167,15 +186,18 @@ def _seconds_of_step(variant: Variant, settings: Settings) -> float:
 def _count(variant: Variant, result: Result) -> None:
     """Everything that can be counted exactly; the first step makes the optimizers' state."""
     variant.step()
-    with FlopCounterMode(display=False) as operations:
-        variant.step()
-    with saved_for_backward(variant.parameters) as saved:
+    operations = FlopCounterMode(display=False)
+    with saved_for_backward(variant.parameters) as saved, operations, Course(operations, saved) as course:
         variant.step()
     with Alive() as alive:
         variant.step()
     result.operations = operations.get_total_flops()
-    result.saved_peak = variant.saved_peak() if variant.saved_peak else saved.peak
-    result.tensor_peak, result.history = max(alive.history), tuple(alive.history)
+    result.saved_peak = saved.peak
+    if variant.saved_peak:  # what it runs again in backward is hidden from the hooks
+        result.saved_peak = variant.saved_peak()
+    else:
+        result.course = (*course.points, (result.operations, saved.now))
+    result.tensor_peak = max(alive.history)
     result.gradients = max(sum(p.nbytes for g in o.param_groups for p in g["params"]) for o in variant.optimizers)
     states = [value for o in variant.optimizers for of_one in o.state.values() for value in of_one.values()]
     result.optimizer = sum(value.nbytes for value in states if isinstance(value, Tensor))

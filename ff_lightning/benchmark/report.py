@@ -72,6 +72,13 @@ def _title(settings: Settings) -> str:
     )
 
 
+def _label(name: str, settings: Settings) -> str:
+    """The name of a variant, as people who do not know the command read it."""
+    if name == "accumulation":
+        return f"backprop in {settings.micro_batches} micro-batches"
+    return name.replace("sff", "SFF by")
+
+
 def _ratio(value: float, base: float) -> str:
     return f"{value / base:.3f}" if base else ""
 
@@ -86,16 +93,20 @@ def write_json(runs: Sequence[Run], threads: int, path: Path) -> None:
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Bytes of all tensors of a step over its operations: one picture per number of classes."""
+    """What is kept for backward over the operations of a step: one picture per number of classes."""
     from matplotlib import pyplot  # an extra, `plot`
 
-    figure, axes = pyplot.subplots(1, len(runs), figsize=(7 * len(runs), 4), squeeze=False, layout="constrained")
-    for axis, (settings, results) in zip(axes[0], runs, strict=True):
-        for result in results:
-            if result.history:
-                share = [i / len(result.history) for i in range(len(result.history))]
-                axis.plot(share, [size / MB for size in result.history], label=result.name, linewidth=1)
-        axis.set_title(_title(settings), fontsize="small", wrap=True)
-        axis.set(xlabel="way through the operations of a step", ylabel="MB of tensors")
-        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
+    with pyplot.rc_context({"svg.hashsalt": "ff_lightning"}):  # the same file for the same figures
+        figure, axes = pyplot.subplots(1, len(runs), figsize=(8 * len(runs), 3.6), squeeze=False, layout="constrained")
+        for axis, (settings, results) in zip(axes[0], runs, strict=True):
+            for result in results:
+                if result.course:
+                    done, kept = zip(*((count / 1e9, size / MB) for count, size in result.course), strict=True)
+                    label = f"{_label(result.name, settings)}: {result.saved_peak / MB:.0f} MB at most"
+                    (line,) = axis.step(done, kept, where="post", label=label, linewidth=1.3)
+                    axis.fill_between(done, kept, step="post", color=line.get_color(), alpha=0.15, linewidth=0)
+            axis.set_title(_title(settings), fontsize="small", wrap=True)
+            axis.set(xlabel="GFLOP of the step done", ylabel="MB kept for backward", ylim=0)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(frameon=False, loc="upper right", fontsize="small")
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -125,7 +125,7 @@ def of_parser(
         options: Names of the options of each command, such as ``trainer.max_epochs``.
         classes: Classes that a value may name, by their names.
 
-    Example:
+    Examples:
         >>> of_parser("unrecognized arguments: --trainer.max_epochz 3", [], {"fit": ["trainer.max_epochs"]}, {})
         "unrecognized arguments: --trainer.max_epochz 3; did you mean 'trainer.max_epochs'?"
     """

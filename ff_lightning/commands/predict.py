@@ -18,7 +18,7 @@ from ff_lightning.inference import Prediction, Predictor, load
 from ff_lightning.inference.formats import needs
 from ff_lightning.inference.predictor import in_batches
 from ff_lightning.util.arguments import check_whole
-from ff_lightning.util.files import printable, whole
+from ff_lightning.util.files import printable, replacing
 
 MOST_NAMED = 10
 """Files that cannot be read and are named; the others are counted."""
@@ -131,7 +131,7 @@ def predict_files(
 
 def write_table(out: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
     """Write a table that is whole or not there, as CSV (RFC 4180, UTF-8) or Parquet by its ending."""
-    with whole(out) as part:
+    with replacing(out) as part:
         if out.suffix.lower() == ".csv":
             with part.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
@@ -144,7 +144,7 @@ def write_table(out: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
 def summary(found: Counter[str], probabilities: Sequence[float], lost: Sequence[str]) -> str:
     """How many images are of each class, and how many could not be read.
 
-    Example:
+    Examples:
         >>> print(summary(Counter(cat=3, dog=1), [0.9, 0.8, 0.9, 0.6], ["cannot read the image x.jpg"]))
         class  images
         cat         3

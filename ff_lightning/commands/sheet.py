@@ -59,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def counts(data: ImageData) -> str:
     """A table of the images of each class in each split.
 
-    Example:
+    Examples:
         >>> from ff_lightning.data import Digits
         >>> data = Digits(classes=["3", "4"])
         >>> data.setup("fit")

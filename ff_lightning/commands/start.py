@@ -8,7 +8,7 @@ from typing import Any
 import docstring_parser
 
 from ff_lightning.commands.answers import PlainParser, as_path, end
-from ff_lightning.util.files import whole
+from ff_lightning.util.files import replacing
 from ff_lightning.util.suggest import closest
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -111,7 +111,7 @@ def _value_of(option: str, given: Sequence[str]) -> str | None:
 def class_help(option: str, cls: type) -> str:
     """The arguments of a class with their defaults and what their docstrings say.
 
-    Example:
+    Examples:
         >>> from ff_lightning.data import FakeImages
         >>> class_help("--data", FakeImages).splitlines()[3:5]
         ['  --data.images 1000', '      Number of training images; there are a quarter as many to test.']
@@ -156,6 +156,6 @@ def init(args: Sequence[str]) -> None:
     path = as_path(str(parser.parse_args(args).file))
     if path.exists():
         raise FileExistsError(f"{path} is there already: give another name")
-    with whole(path) as part:
+    with replacing(path) as part:
         part.write_text(TEMPLATE.format(name=path, epochs=EPOCHS), encoding="utf-8")
     print(f"{path}: edit it, then: ff-lightning fit --config {path}")

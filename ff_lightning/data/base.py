@@ -20,9 +20,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 
-from ff_lightning.data.loaders import BatchLoader, EpochSampler, Held, ResumableLoader, Split, as_it_is
+from ff_lightning.data.loaders import BatchLoader, EpochSampler, InMemory, ResumableLoader, Split, as_it_is
 from ff_lightning.data.splits import (
-    Numbers,
+    Indices,
     Targets,
     ValFrom,
     check_labels,
@@ -138,7 +138,7 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
         """The targets of all samples, without reading the samples."""
         return np.asarray(samples.targets)
 
-    def make_splits(self, name: str, samples: Any, targets: Targets, *parts: Numbers) -> list[Split]:
+    def make_splits(self, name: str, samples: Any, targets: Targets, *parts: Indices) -> list[Split]:
         """Parts of the samples, each with its targets, from one source of inputs.
 
         Args:
@@ -169,7 +169,7 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
         else:
             (self.test_set,) = self._whole("test", "test", self.read_test())
 
-    def training_samples(self, has_val: bool) -> tuple[Any, Targets, Numbers, Numbers | None]:
+    def training_samples(self, has_val: bool) -> tuple[Any, Targets, Indices, Indices | None]:
         """What is read for training, all targets in it, and the numbers of the samples to train and to validate on.
 
         Args:
@@ -197,17 +197,17 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
         check_labels(targets, self.class_names, purpose)
         return targets
 
-    def _strata(self, targets: Targets) -> Numbers:
+    def _strata(self, targets: Targets) -> Indices:
         """What is divided into the same shares, (N,): the classes; all samples alike where there are none."""
         return targets if self.task == "classification" else np.zeros(len(targets), np.int64)
 
-    def _choose(self, strata: Numbers, has_val: bool) -> tuple[Numbers, Numbers | None]:
+    def _choose(self, strata: Indices, has_val: bool) -> tuple[Indices, Indices | None]:
         """Numbers of the samples to train on and to validate on; None: there are others to validate on."""
 
-        def subset(numbers: Numbers) -> Numbers:
+        def subset(numbers: Indices) -> Indices:
             return take_subset(numbers, strata, self.class_names, self.samples_per_class, self.subset, self.seed)
 
-        def validation(numbers: Numbers) -> tuple[Numbers, Numbers]:
+        def validation(numbers: Indices) -> tuple[Indices, Indices]:
             argument = f"val_fraction={self.val_fraction}"
             return split_off(numbers, strata, self.val_fraction, self.seed, argument)
 
@@ -252,7 +252,7 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
             )
 
     def _loader(self, kind: type[BatchLoader], split: Split, sampler: Any, drop_last: bool = False) -> BatchLoader:
-        workers = 0 if isinstance(split.source, Held) else self.num_workers
+        workers = 0 if isinstance(split.source, InMemory) else self.num_workers
         return kind(
             split,
             batch_size=self.batch_size,

@@ -40,7 +40,7 @@ def is_missing(value: Any) -> bool:
 def as_name(value: Any) -> str:
     """A value as the name of a class or category: whole numbers without a point.
 
-    Example:
+    Examples:
         >>> as_name(" cat "), as_name(2.0), as_name(True)
         ('cat', '2', 'True')
     """

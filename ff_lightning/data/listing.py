@@ -118,7 +118,7 @@ def is_hidden(name: str) -> bool:
 def first_five(names: Collection[str]) -> str:
     """Names for an error message.
 
-    Example:
+    Examples:
         >>> first_five(["a", "b"])
         "['a', 'b']"
         >>> first_five([str(number) for number in range(3000)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ff_lightning.data.splits import Numbers
+from ff_lightning.data.splits import Indices
 
 log = logging.getLogger(__name__)
 
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 class Source(Protocol):
     """Where the inputs of samples come from."""
 
-    def read(self, numbers: Numbers) -> Tensor:
+    def read(self, numbers: Indices) -> Tensor:
         """The inputs of the samples of these numbers, (B, ...)."""
 
 
-class Held:
+class InMemory:
     """Inputs in memory.
 
     Args:
@@ -30,10 +30,10 @@ class Held:
         numbers: Their numbers in the data set, in order, (N,).
     """
 
-    def __init__(self, inputs: Tensor, numbers: Numbers) -> None:
+    def __init__(self, inputs: Tensor, numbers: Indices) -> None:
         self.inputs, self.numbers = inputs, numbers
 
-    def read(self, numbers: Numbers) -> Tensor:
+    def read(self, numbers: Indices) -> Tensor:
         """Inputs (B, ...)."""
         return self.inputs[torch.from_numpy(np.searchsorted(self.numbers, numbers))]
 
@@ -50,7 +50,7 @@ class Split(Dataset[Any]):
     next_epoch = 0
     """Of loops that do not say which epoch theirs is."""
 
-    def __init__(self, source: Any, numbers: Numbers, targets: Numbers) -> None:
+    def __init__(self, source: Any, numbers: Indices, targets: Indices) -> None:
         self.source, self.numbers = source, numbers
         self.targets = torch.as_tensor(targets)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ff_lightning.data.base import DataModule
 from ff_lightning.data.listing import first_five
-from ff_lightning.data.loaders import Held, Split
-from ff_lightning.data.splits import Numbers, Targets, split_off
+from ff_lightning.data.loaders import InMemory, Split
+from ff_lightning.data.splits import Indices, Targets, split_off
 from ff_lightning.util.arguments import check_choice, check_number, check_path, check_switch
 
 Task = Literal["classification", "multilabel", "regression"]
@@ -46,7 +46,7 @@ class Samples:
     unit: str = "line"
     outputs: Sequence[str] | None = None
 
-    def take(self, numbers: Numbers) -> "Samples":
+    def take(self, numbers: Indices) -> "Samples":
         """The samples of these numbers."""
         if isinstance(self.inputs, dict):
             inputs: Any = {name: column[numbers] for name, column in self.inputs.items()}
@@ -136,10 +136,10 @@ class MemoryData(DataModule):
         """The test samples."""
         return self._numbered(self._test or self.read("test"))
 
-    def make_splits(self, name: str, samples: Any, targets: Targets, *parts: Numbers) -> list[Split]:
+    def make_splits(self, name: str, samples: Any, targets: Targets, *parts: Indices) -> list[Split]:
         """Parts of the samples, from one tensor."""
         needed = np.sort(np.concatenate(parts))
-        source = Held(self.encoder.transform(samples.take(needed)), needed)
+        source = InMemory(self.encoder.transform(samples.take(needed)), needed)
         if self.target_statistics is not None:
             mean, std = (np.array(values, np.float32).reshape(targets.shape[1:]) for values in self.target_statistics)
             targets = (targets - mean) / std

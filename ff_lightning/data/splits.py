@@ -14,7 +14,7 @@ from ff_lightning.util.suggest import unknown
 log = logging.getLogger(__name__)
 
 ValFrom = Literal["subset", "rest"]
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Indices = np.ndarray[Any, np.dtype[np.int64]]
 Targets = np.ndarray[Any, Any]  # classes int64 (N,), or float32 (N,) or (N, K)
 
 
@@ -46,10 +46,10 @@ def class_numbers(classes: Sequence[int | str], names: Sequence[str]) -> list[in
     return numbers
 
 
-def renumber(labels: Numbers, chosen: Sequence[int]) -> Numbers:
+def renumber(labels: Indices, chosen: Sequence[int]) -> Indices:
     """Labels numbered by their place among the chosen classes; -1 for other classes.
 
-    Example:
+    Examples:
         >>> renumber(np.array([5, 6, 7]), [7, 5])
         array([ 1, -1,  0])
     """
@@ -58,7 +58,7 @@ def renumber(labels: Numbers, chosen: Sequence[int]) -> Numbers:
     return places[labels]
 
 
-def check_labels(labels: Numbers, names: Sequence[str], purpose: str) -> None:
+def check_labels(labels: Indices, names: Sequence[str], purpose: str) -> None:
     """Warn where a class has no sample.
 
     Raises:
@@ -75,7 +75,7 @@ def check_labels(labels: Numbers, names: Sequence[str], purpose: str) -> None:
         log.warning("there is no sample for %s of %s", purpose, first_five(missing))
 
 
-def split_off(numbers: Numbers, labels: Numbers, size: float, seed: int, argument: str) -> tuple[Numbers, Numbers]:
+def split_off(numbers: Indices, labels: Indices, size: float, seed: int, argument: str) -> tuple[Indices, Indices]:
     """Divide samples into the rest and a stratified part of this size (a share, or a count), both in order.
 
     Raises:
@@ -89,13 +89,13 @@ def split_off(numbers: Numbers, labels: Numbers, size: float, seed: int, argumen
 
 
 def take_subset(
-    numbers: Numbers,
-    labels: Numbers,
+    numbers: Indices,
+    labels: Indices,
     names: Sequence[str],
     samples_per_class: int | None,
     subset: int | None,
     seed: int,
-) -> Numbers:
+) -> Indices:
     """So many of the samples of each class, or so many in all, stratified; in order.
 
     Raises:

@@ -90,7 +90,7 @@ class BreastCancer(MemoryData):
     Args:
         kwargs: batch_size, val_fraction, seed, ...; see `DataModule`.
 
-    Example:
+    Examples:
         >>> data = BreastCancer()
         >>> data.num_classes, data.input_shape, data.task
         (2, (30,), 'classification')
@@ -121,7 +121,7 @@ class Diabetes(MemoryData):
             (`target_statistics`): errors are then in standard deviations, not in the units of the target.
         kwargs: batch_size, val_fraction, seed, ...; see `DataModule`.
 
-    Example:
+    Examples:
         >>> data = Diabetes()
         >>> data.num_classes, data.input_shape, data.task
         (1, (10,), 'regression')

@@ -39,7 +39,7 @@ def squared_goodness(activity: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Source: Krutsylo, Scalable Forward-Forward, arXiv 2501.03176.
 
-    Example:
+    Examples:
         >>> squared_goodness(torch.tensor([[[[1.0, 3.0]], [[0.0, 2.0]]]]))
         tensor([[5., 2.]])
     """
@@ -65,7 +65,7 @@ def class_goodness(features: Tensor, weight: Tensor, bias: Tensor | None = None,
 
     Source: Krutsylo, Scalable Forward-Forward, arXiv 2501.03176.
 
-    Example:
+    Examples:
         >>> class_goodness(torch.ones(1, 2, 4, 4), torch.tensor([[1.0, 1.0], [1.0, -1.0]])[..., None, None])
         tensor([[4., 0.]])
     """

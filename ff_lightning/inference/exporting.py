@@ -10,7 +10,7 @@ from ff_lightning.inference.formats import WRITERS
 from ff_lightning.inference.loading import load
 from ff_lightning.inference.predictor import Predictor
 from ff_lightning.util.arguments import check_choice
-from ff_lightning.util.files import whole
+from ff_lightning.util.files import replacing
 
 Format = Literal["onnx", "torch", "safetensors"]
 TOLERANCE = 1e-5
@@ -46,7 +46,7 @@ def export(
     if images is None:
         images = torch.randn(8, *predictor.facts.input_shape, generator=torch.Generator().manual_seed(0))
     learner, device = predictor.network.cpu(), predictor.device
-    with whole(path) as part:
+    with replacing(path) as part:
         named = part.with_name(f"{part.stem}{ending}")  # readers go by the ending
         try:
             write(learner, predictor.facts, named)

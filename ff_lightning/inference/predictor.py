@@ -48,7 +48,7 @@ class Predictor:
     Raises:
         ValueError: If the task of the model is not classification: `load_from_checkpoint` of its class loads it.
 
-    Example:
+    Examples:
         >>> predictor = ff_lightning.load("last.ckpt")                       # doctest: +SKIP
         >>> [(answer.name, answer.probability) for answer in predictor(["a.png", "b.png"])]  # doctest: +SKIP
         [('cat', 0.97), ('dog', 0.71)]

@@ -28,7 +28,7 @@ class Delivered(NamedTuple):
     """(N,): the loss of each unit in the order of the updates; the backward of their sum delivers the gradients."""
     units: tuple[int, ...]
     """The unit of each of the losses."""
-    idle: set[nn.Parameter]
+    without_gradient: set[nn.Parameter]
     """The parameters of all units for which no update has a gradient."""
 
 
@@ -74,11 +74,11 @@ def deliver(
     if scale is None:
         raise ValueError("a batch without any update: local_updates must yield one or more")
     reached = {number for _, numbers, _ in gradients for number in numbers}
-    idle = {parameter for number, parameter in enumerate(every) if number not in reached}
+    without_gradient = {parameter for number, parameter in enumerate(every) if number not in reached}
     losses = torch.stack(values)
     if torch.is_grad_enabled():
         losses = _Deliver.apply(losses, scale, gradients, *every)
-    return Delivered(losses, tuple(units), idle)
+    return Delivered(losses, tuple(units), without_gradient)
 
 
 class _Deliver(torch.autograd.Function):

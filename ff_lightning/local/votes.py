@@ -39,7 +39,7 @@ def depth_vote(goodness: Tensor, numbers: Sequence[int] | None = None) -> Tensor
         goodness: (L, B, K).
         numbers: Of the L blocks, counted from the input, from 0. None: they are all there are.
 
-    Example:
+    Examples:
         >>> import torch
         >>> depth_vote(torch.tensor([[[3.0, 0.0]], [[0.0, 3.0]]]))
         tensor([[1., 2.]])

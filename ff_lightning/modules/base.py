@@ -237,7 +237,11 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
             self.end_of_batch()
             return sum(losses[1:], losses[0])
         delivered = deliver(updates, self.parameters_of_units, self.scaler)
-        self._idle = delivered.idle if self._idle is None else self._idle & delivered.idle
+        self._without_gradient = (
+            delivered.without_gradient
+            if self._without_gradient is None
+            else self._without_gradient & delivered.without_gradient
+        )
         self.report(Update(delivered.units, delivered.losses, tuple(delivered.losses.detach())))
         self.end_of_batch()
         return delivered.losses.sum()

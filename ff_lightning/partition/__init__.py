@@ -16,8 +16,8 @@ from ff_lightning.partition.inputs import Example, Inputs
 from ff_lightning.partition.probe import hides_layers
 from ff_lightning.partition.shapes import materialise
 from ff_lightning.partition.trace import CannotTraceError, unwrapped
+from ff_lightning.partition.undivided import CannotDivideError
 from ff_lightning.partition.untouched import Snapshot, untouched
-from ff_lightning.partition.whole import CannotDivideError
 from ff_lightning.util.arguments import check_granularity, check_network
 
 __all__ = ["Block", "Example", "Granularity", "Hooked", "Inputs", "State", "cut", "partition"]
@@ -60,9 +60,9 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Exa
             be traced, if the example does not pass through it, or if the blocks would compute something else.
 
     Warns:
-        If parameters of the network are in no block, or get no gradient there.
+        UserWarning: If parameters of the network are in no block, or get no gradient there.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.LazyLinear(10))

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from ff_lightning.partition.features import Features
 from ff_lightning.partition.ops import Op
 from ff_lightning.partition.trace import Call, evaluating
-from ff_lightning.partition.whole import nodes_in, undivided_calls
+from ff_lightning.partition.undivided import nodes_in, undivided_calls
 from ff_lightning.util.memory import saved_for_backward
 from ff_lightning.util.torch_private import leave_out_of_state, own_buffers
 
@@ -36,7 +36,7 @@ class Block(nn.Module):
         map_shape: Shape of a sample of the main output as a map, for the example: channels, then positions: (C,) for
             vectors, (C, T) for signals and tokens, (C, H, W), (C, D, H, W).
         saved_bytes: What autograd keeps of one image for the backward of this block, parameters aside.
-        idle: Names of its trainable parameters that no gradient of its main output reaches.
+        without_gradient: Names of its trainable parameters that no gradient of its main output reaches.
     """
 
     def __init__(self, name: str, body: fx.GraphModule, channel_dim: int) -> None:
@@ -46,7 +46,7 @@ class Block(nn.Module):
         self.channel_dim = channel_dim
         self.map_shape: tuple[int, ...] = ()
         self.saved_bytes = 0
-        self.idle: tuple[str, ...] = ()
+        self.without_gradient: tuple[str, ...] = ()
 
     def forward(self, state: State) -> State:
         """Run the block on the state before it; returns the state behind it."""
@@ -116,7 +116,7 @@ def _run_untouched(block: Block, state: State) -> State:
     block.saved_bytes = saved.peak // len(copies[0])
     reached = parameters_behind(main_output(result))
     own = [(name, parameter) for name, parameter in block.body.named_parameters() if parameter.requires_grad]
-    block.idle = tuple(name for name, parameter in own if reached is not None and parameter not in reached)
+    block.without_gradient = tuple(name for name, parameter in own if reached is not None and parameter not in reached)
     graph = block.body.graph
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     changed = False

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from ff_lightning.partition.block import Block, State, main_output, parameters_behind
 from ff_lightning.partition.features import Features
 from ff_lightning.partition.trace import evaluating, first_line
+from ff_lightning.partition.undivided import CannotDivideError
 from ff_lightning.partition.untouched import Snapshot, same_random
-from ff_lightning.partition.whole import CannotDivideError
 from ff_lightning.util.torch_private import has_forward_hooks
 
 _CHEAP = 20_000_000  # values that a network makes of one image, up to which it is also run in training: a ResNet50
@@ -34,8 +34,8 @@ def check(features: Features, blocks: Sequence[Block], snapshot: Snapshot) -> No
             gradient from the network, but not in its block.
 
     Warns:
-        If the network itself gives parameters no gradient, if parameters take no part in the features, or if hooks
-        or attributes of modules that are taken apart are not served by the blocks.
+        UserWarning: If the network itself gives parameters no gradient, if parameters take no part in the features, or
+            if hooks or attributes of modules that are taken apart are not served by the blocks.
     """
     model = features.model
     if features.example.device.type == "meta":
@@ -163,21 +163,21 @@ def _state_after_training(features: Features, blocks: Sequence[Block], snapshot:
 
 def _check_gradients(features: Features, blocks: Sequence[Block], inputs: Sequence[Tensor]) -> None:
     model = features.model
-    idle = {name: block.body.get_parameter(name) for block in blocks for name in block.idle}
-    if idle:
+    unreached = {name: block.body.get_parameter(name) for block in blocks for name in block.without_gradient}
+    if unreached:
         model.eval()
         with torch.enable_grad():
             outputs: list[Any] = []
             fx.node.map_aggregate(features.called.call(model, _copies(inputs)), outputs.append)
         reached = [parameters_behind(output) for output in outputs if isinstance(output, Tensor)]
-        lost = [name for name, p in idle.items() if any(found is None or p in found for found in reached)]
+        lost = [name for name, p in unreached.items() if any(found is None or p in found for found in reached)]
         if lost:
             raise CannotDivideError(
                 f"the loss of its own unit does not reach {_listed(lost)}, though {_name(model)} trains it: freeze it"
             )
         warnings.warn(
-            f"{_name(model)} gives {_listed(list(idle))} no gradient (unused, torch.no_grad, detach), and neither do "
-            "its blocks",
+            f"{_name(model)} gives {_listed(list(unreached))} no gradient (unused, torch.no_grad, detach), and "
+            "neither do its blocks",
             stacklevel=6,
         )
     known = {parameter for block in blocks for parameter in block.parameters()}

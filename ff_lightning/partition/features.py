@@ -13,7 +13,7 @@ from torch import fx, nn
 from ff_lightning.partition.classifier import end_of_features, has_classifier
 from ff_lightning.partition.flow import Flow
 from ff_lightning.partition.inputs import Example, Inputs
-from ff_lightning.partition.modes import made_from, two_faced_calls
+from ff_lightning.partition.modes import made_from, mode_dependent_calls
 from ff_lightning.partition.ops import Op, Reader
 from ff_lightning.partition.shapes import default_example, read_values
 from ff_lightning.partition.trace import Call, Trace, trace
@@ -27,7 +27,7 @@ class Features(Flow):
     Attributes:
         left_out: The operations behind the features that lead to what the network returns: pooling and classifier.
         calls: The calls of modules that have children, by the unique name that `Op.calls` uses.
-        two_faced: The calls whose own operations are others in training than in evaluation.
+        mode_dependent: The calls whose own operations are others in training than in evaluation.
         called: What the network is called with.
         of_input: All values that depend on the inputs, also those that the features do not need.
         closed: The modules that cannot be traced.
@@ -37,7 +37,7 @@ class Features(Flow):
     called: Inputs
     left_out: tuple[Op, ...]
     calls: dict[str, Call]
-    two_faced: frozenset[str]
+    mode_dependent: frozenset[str]
     of_input: frozenset[fx.Node]
     closed: frozenset[str]
     facts: dict[fx.Node, Any]
@@ -89,7 +89,7 @@ def trace_features(model: nn.Module, example: Example | None, snapshot: Snapshot
     kept = {*made_from([op.node for op in flow.ops[:end]], [feature_map], reader)}
     ops = tuple(op for op in flow.ops[:end] if op.node in kept)
     wanted = [*dict.fromkeys((feature_map, ops[-1].node))]
-    two_faced = two_faced_calls(training.graph, graph, wanted, reader)
+    mode_dependent = mode_dependent_calls(training.graph, graph, wanted, reader)
     left_out, calls, of_input = flow.ops[end:], evaluation.calls, frozenset(reader.of_input)
     facts = {node: fact for node, fact in reader.values.facts.items() if node not in of_input}
     return Features(
@@ -101,7 +101,7 @@ def trace_features(model: nn.Module, example: Example | None, snapshot: Snapshot
         called,
         left_out,
         calls,
-        two_faced,
+        mode_dependent,
         of_input,
         evaluation.closed,
         facts,

@@ -41,7 +41,7 @@ class HookedBlock(Block):
         """Nothing is compiled.
 
         Warns:
-            In any case.
+            UserWarning: In any case.
         """
         warnings.warn(
             "compile: only the heads are compiled, not the blocks, which run as parts of their network's own forward",
@@ -68,7 +68,8 @@ class Hooked:
         ValueError: If the granularity does not fit the network, or if the example does not pass through it.
 
     Warns:
-        If parameters, other than those of a classifier, are left out, get no gradient, or are used by several units.
+        UserWarning: If parameters, other than those of a classifier, are left out, get no gradient, or are used by
+            several units.
     """
 
     def __init__(self, model: nn.Module, granularity: Any, call: Callable[[], Any]) -> None:
@@ -138,14 +139,14 @@ class Hooked:
             block.map_shape = tuple(block.to_map(torch.empty(units.shapes[k], device="meta")).shape[1:])
             block.saved_bytes = units.bytes[k]
             own = [(name, p) for name, p in body.named_parameters() if p.requires_grad]
-            block.idle = tuple(name for name, p in own if p not in owner)
+            block.without_gradient = tuple(name for name, p in own if p not in owner)
             blocks.append(block)
         return blocks
 
     def _check_gradients(self, call: Callable[[], Any]) -> None:
         """Raise ValueError if the whole network trains a weight that no block does."""
-        idle = {block.body.get_parameter(name): name for block in self.blocks for name in block.idle}
-        if not idle:
+        unreached = {block.body.get_parameter(name): name for block in self.blocks for name in block.without_gradient}
+        if not unreached:
             return
         outputs: list[Tensor] = []
         try:
@@ -154,7 +155,7 @@ class Hooked:
         except Exception:  # what runs behind the blocks may fail
             return
         reached = {leaf for output in outputs for leaf in parameters_behind(output) or ()}
-        lost = [name for parameter, name in idle.items() if parameter in reached]
+        lost = [name for parameter, name in unreached.items() if parameter in reached]
         if lost:
             raise ValueError(
                 f"the loss of its own unit does not reach {_listed(lost)}, though {type(self.model).__name__} trains "
@@ -170,11 +171,11 @@ class Hooked:
         ]
         users = Counter(leaf for reached in units.reached for leaf in reached)
         shared = [name for parameter, name in names.items() if users[parameter] > 1]
-        idle = [name for block in self.blocks for name in block.idle]
+        unreached = [name for block in self.blocks for name in block.without_gradient]
         for found, what in (
             (left_out, "run behind the last block, if at all: they are left out and not trained"),
             (shared, "are used by several blocks: they are trained by the loss of the first of them alone"),
-            (idle, "get no gradient from the output of their block"),
+            (unreached, "get no gradient from the output of their block"),
         ):
             if found:
                 warnings.warn(f"{_listed(found)} of {title} {what}", stacklevel=5)

@@ -9,7 +9,7 @@ from ff_lightning.partition.ops import Reader
 from ff_lightning.partition.trace import function_name
 
 
-def two_faced_calls(
+def mode_dependent_calls(
     training: fx.Graph, evaluation: fx.Graph, wanted: Sequence[fx.Node], reader: Reader
 ) -> frozenset[str]:
     """The calls of modules that do something else in training than in evaluation on the way to some values."""

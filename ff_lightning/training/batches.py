@@ -30,7 +30,7 @@ def split_batch(batch: Any) -> tuple[Inputs, Any]:
     Returns:
         The inputs, as a tuple for ``network(*inputs)``, and the targets, None where there are none.
 
-    Example:
+    Examples:
         >>> split_batch({"image": "x", "label": "y", "name": "z"}), split_batch("x")
         ((('x',), 'y'), (('x',), None))
     """

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from ff_lightning.util.files import check_sums, whole
+from ff_lightning.util.files import check_sums, replacing
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -31,7 +31,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         try:
-            with whole(Path(path)) as part:
+            with replacing(Path(path)) as part:
                 torch.save(checkpoint, part)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):

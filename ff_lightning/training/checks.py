@@ -88,9 +88,9 @@ _ONE_OPTIMIZER: dict[type[Callback], str] = {
 def check_trainer_flags(trainer: Trainer) -> None:
     """Raise MisconfigurationException, with the replacement, for what manual optimization cannot serve."""
     clip = "clip_value" if trainer.gradient_clip_algorithm == "value" else "clip_norm"
-    for flag, idle, replacement in (("gradient_clip_val", None, clip), ("accumulate_grad_batches", 1, "accumulate")):
+    for flag, off, replacement in (("gradient_clip_val", None, clip), ("accumulate_grad_batches", 1, "accumulate")):
         value = getattr(trainer, flag)
-        if value not in (idle, 0):
+        if value not in (off, 0):
             raise MisconfigurationException(
                 f"Trainer({flag}={value}) does not work with optimization='manual': give the model "
                 f"{replacement}={value}, or optimization='automatic'"

@@ -187,11 +187,11 @@ def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], checkpoint:
     wrong = [f"{name}={there!r} there, {here!r} here" for name, (there, here) in fixed.items() if there != here]
     if wrong:
         raise ValueError(f"the checkpoint is of a run with other settings: {', '.join(wrong)}; {WAY_OUT}")
-    idle = _differences({name: there for name, (there, _) in both.items() if name in _RESTORED}, own)
-    if idle:
+    unchanged = _differences({name: there for name, (there, _) in both.items() if name in _RESTORED}, own)
+    if unchanged:
         rank_zero_warn(
-            f"a resumed run keeps what its checkpoint says of these: {', '.join(idle.values())}; the new values have "
-            "no effect",
+            f"a resumed run keeps what its checkpoint says of these: {', '.join(unchanged.values())}; the new "
+            "values have no effect",
             stacklevel=2,
         )
 

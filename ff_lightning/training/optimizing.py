@@ -40,7 +40,7 @@ class Optimizing(KeepsHooks, LightningModule):
     train_losses: Any
     _log_losses: Any
     _is_in_window: bool
-    _idle: set[nn.Parameter] | None = None
+    _without_gradient: set[nn.Parameter] | None = None
     """The parameters without a gradient in all batches of a step (automatic optimization)."""
 
     @property
@@ -112,9 +112,9 @@ class Optimizing(KeepsHooks, LightningModule):
         """Clip the gradients of each unit by themselves, at their true scale."""
         if self.scaler is not None and unscales_by_itself(optimizer):  # for all others they are unscaled by now
             self.scaler.unscale_(optimizer)
-        for parameter in self._idle or ():  # in all batches of this step; DDP has made zeros of them
+        for parameter in self._without_gradient or ():  # in all batches of this step; DDP has made zeros of them
             parameter.grad = None
-        self._idle = None
+        self._without_gradient = None
         if self.clip_norm is not None or self.clip_value is not None:
             clip(self._units_of(optimizer), self.clip_norm, self.clip_value)
 

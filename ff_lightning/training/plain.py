@@ -39,7 +39,7 @@ class NotPlainError(TypeError):
 def to_plain(value: Any) -> Any:
     """The same value from Python's own types and tensors: paths as text, numbers of NumPy as Python's.
 
-    Example:
+    Examples:
         >>> to_plain({"lr": np.float64(0.1), "shape": torch.Size([3, 8])})
         {'lr': 0.1, 'shape': (3, 8)}
 

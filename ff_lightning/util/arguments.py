@@ -16,7 +16,7 @@ from ff_lightning.util.suggest import closest, unknown
 def shown(value: object) -> str:
     """A value as it is shown in a message: on one line, and not for pages.
 
-    Example:
+    Examples:
         >>> shown("layr"), shown(list(range(100)))
         ("'layr'", '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, ...')
     """

@@ -43,7 +43,7 @@ def saved_for_backward(left_out: Iterable[Tensor] = ()) -> Iterator[Saved]:
     Args:
         left_out: Tensors that do not count: parameters, which are there anyway.
 
-    Example:
+    Examples:
         >>> x = torch.ones(10, requires_grad=True)
         >>> with saved_for_backward() as saved:
         ...     y = x.exp()  # keeps its result

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 def closest(value: object, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"``, or nothing where no known name is close.
 
-    Example:
+    Examples:
         >>> closest("resnet81", ["resnet18", "vgg16"])
         "; did you mean 'resnet18'?"
     """
@@ -23,7 +23,7 @@ def closest(value: object, known: Iterable[str]) -> str:
 def unknown(argument: str, value: object, known: Iterable[str], allowed: str | None = None) -> str:
     """Message for a value that is not known: what is allowed, and the names that look like it.
 
-    Example:
+    Examples:
         >>> unknown("norm", "layr", ["layer", "none"])
         "norm='layr' is not known: give one of ['layer', 'none']; did you mean 'layer'?"
     """

@@ -33,8 +33,8 @@ from ff_lightning.data.images.reading import (
     read_all,
 )
 from ff_lightning.data.images.split import Finish, ImageSplit
-from ff_lightning.data.loaders import Held, Split
-from ff_lightning.data.splits import Numbers, check_labels
+from ff_lightning.data.loaders import InMemory, Split
+from ff_lightning.data.splits import Indices, check_labels
 from ff_lightning.training.plain import to_plain
 from ff_lightning.util.arguments import check_choice, check_path, check_switch, check_whole
 
@@ -121,15 +121,15 @@ class ImageData(DataModule):
         channels, height, width = self.input_shape
         return channels, height, width
 
-    def targets_of(self, samples: Any) -> Numbers:
+    def targets_of(self, samples: Any) -> Indices:
         """The classes of all images, without reading the images."""
         return labels_of(samples)
 
-    def make_splits(self, name: str, samples: Any, targets: Numbers, *parts: Numbers) -> list[Split]:
+    def make_splits(self, name: str, samples: Any, targets: Indices, *parts: Indices) -> list[Split]:
         """Parts of the images, each with its classes, from one source of pixels."""
         needed = np.sort(np.concatenate(parts))
         reader = Reader(samples, self.image_shape)
-        source: Reader | Held = reader
+        source: Reader | InMemory = reader
         readable = np.ones(len(needed), bool)
         if self._fits_in_memory(len(needed)):
             files = files_of(samples)
@@ -145,7 +145,7 @@ class ImageData(DataModule):
                     lambda: read_all(reader, needed, self.num_workers, self.on_error),
                     lambda kept: read_again(kept, reader, needed),
                 )
-            source, readable = Held(content["pixels"], needed), content["readable"].numpy()
+            source, readable = InMemory(content["pixels"], needed), content["readable"].numpy()
         elif self.on_error == "skip":
             readable = find_readable(reader, needed, self.num_workers)
         if not readable.all():

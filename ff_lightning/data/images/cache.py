@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ff_lightning.util.files import whole
+from ff_lightning.util.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def cached(
         return kept
     content = make()
     try:
-        with whole(path) as part:
+        with replacing(path) as part:
             torch.save({"key": key, "sum": _sum(content), "content": content}, part)
         _say_where(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a folder or disk that cannot be written as the latter

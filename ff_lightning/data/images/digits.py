@@ -26,7 +26,7 @@ class Digits(VectorData):
     Raises:
         ValueError: If `image_size` is below 8.
 
-    Example:
+    Examples:
         >>> data = Digits()
         >>> data.num_classes, data.input_shape
         (10, (1, 8, 8))

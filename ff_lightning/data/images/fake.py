@@ -22,7 +22,7 @@ class FakeImages(ImageData):
     Raises:
         ValueError: If there are fewer than 40 images.
 
-    Example:
+    Examples:
         >>> FakeImages(image_size=64, classes=[0, 1]).input_shape
         (3, 64, 64)
     """

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from ff_lightning.data.images.augment import crop_box
 from ff_lightning.data.loaders import as_it_is
-from ff_lightning.data.splits import Numbers
+from ff_lightning.data.splits import Indices
 from ff_lightning.util.files import check_kind, printable
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class Reader(Dataset[Tensor]):
     def __init__(self, images: Any, shape: Shape) -> None:
         self.images, self.shape = images, shape
 
-    def read(self, numbers: Numbers, draws: Tensor | None = None) -> Tensor:
+    def read(self, numbers: Indices, draws: Tensor | None = None) -> Tensor:
         """Images (B, C, S, S): the centre of each, or a crop by its draws (B, 5) from all pixels of the file."""
         return torch.stack([self._read(n, None if draws is None else draws[i]) for i, n in enumerate(numbers.tolist())])
 
@@ -167,7 +167,7 @@ class Reader(Dataset[Tensor]):
         return to_pixels(image, self.shape, torch.cat(crop_box(draws[None], height, width)))
 
 
-def read_all(reader: Reader, numbers: Numbers, workers: int, on_error: OnError) -> dict[str, Tensor]:
+def read_all(reader: Reader, numbers: Indices, workers: int, on_error: OnError) -> dict[str, Tensor]:
     """The `pixels` (N, C, S, S) of all these images, and which of them are `readable` (N,); others are black."""
     pixels = torch.zeros(len(numbers), *reader.shape, dtype=torch.uint8)
     readable = torch.ones(len(numbers), dtype=torch.bool)
@@ -179,7 +179,7 @@ def read_all(reader: Reader, numbers: Numbers, workers: int, on_error: OnError) 
     return {"pixels": pixels, "readable": readable}
 
 
-def read_again(content: dict[str, Tensor], reader: Reader, numbers: Numbers) -> None:
+def read_again(content: dict[str, Tensor], reader: Reader, numbers: Indices) -> None:
     """Try those images of `read_all` once more that could not be read: they may be readable by now, or are named."""
     lost = np.flatnonzero(~content["readable"].numpy())
     if len(lost):
@@ -187,12 +187,12 @@ def read_again(content: dict[str, Tensor], reader: Reader, numbers: Numbers) -> 
             content[name][lost] = values
 
 
-def find_readable(reader: Reader, numbers: Numbers, workers: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def find_readable(reader: Reader, numbers: Indices, workers: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which of these images can be read, (N,): each is read once, so that all epochs and processes see the same."""
     return torch.cat([good for _, good in _attempts(reader, numbers, workers, "skip")]).numpy()
 
 
-def _attempts(reader: Reader, numbers: Numbers, workers: int, on_error: OnError) -> Iterator[tuple[Tensor, Tensor]]:
+def _attempts(reader: Reader, numbers: Indices, workers: int, on_error: OnError) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, C, S, S) in order, and which of them could be read, (B,); the first errors are reported."""
     loader = DataLoader(
         _Attempts(reader, numbers, on_error),
@@ -213,7 +213,7 @@ def _attempts(reader: Reader, numbers: Numbers, workers: int, on_error: OnError)
 class _Attempts(Dataset[Any]):
     """Batches of images, and errors by the position in the batch: such an image is black."""
 
-    def __init__(self, reader: Reader, numbers: Numbers, on_error: OnError) -> None:
+    def __init__(self, reader: Reader, numbers: Indices, on_error: OnError) -> None:
         self.reader, self.numbers, self.on_error = reader, numbers, on_error
 
     def __len__(self) -> int:

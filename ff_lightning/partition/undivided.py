@@ -74,7 +74,7 @@ def _check_divided(features: Features, whole: dict[str, Call]) -> None:
         opened = ["", *(call for call in op.calls if call in features.calls)]
         opened = opened[: opened.index(outermost)] if outermost else opened
         for call in opened:
-            if call in features.two_faced:
+            if call in features.mode_dependent:
                 raise CannotDivideError(
                     f"{_title(features, call)} does something else in training than in evaluation in its own forward, "
                     "and a border runs through it: use modules there (nn.Dropout instead of F.dropout)"
