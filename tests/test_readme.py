@@ -2,21 +2,20 @@
 
 import inspect
 import re
-from pathlib import Path
 
 import torch
 
 import ff_lightning
 from ff_lightning import SFF, data
+from tests import pages
 from tests.conftest import small_net
 from tests.test_data import write_cifar
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+README = (pages.ROOT / "README.md").read_text()
 
 
 def code(marker):
-    (found,) = [block for block in BLOCKS if marker in block]
+    (found,) = [block for _, block in pages.code(pages.ROOT / "README.md", "python") if marker in block]
     return found
 
 
