@@ -5,7 +5,7 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -73,6 +73,32 @@ def _lock(file: IO[bytes], wait: bool) -> bool:
     except OSError:  # another process has it, or the file system knows no locks
         return False
     return True
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[Sequence[int] | None]:
+    """A claim, by the lock of a file, that is gone when the last process dies that holds it.
+
+    Where files cannot be locked (Windows, some file systems over a network), any process gets it.
+
+    Args:
+        path: Of the file; it is made.
+
+    Yields:
+        The file descriptors for the children that are to hold the claim too, as `subprocess` takes them (``pass_fds``);
+        None if another process has it.
+    """
+    with path.open("ab") as file:
+        mine = True
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            mine = not isinstance(error, BlockingIOError)
+        if not mine:
+            yield None
+        else:
+            yield () if fcntl is None else (file.fileno(),)
 
 
 def check_sums(path: Path) -> bool:
