@@ -1,5 +1,6 @@
 """The Python of every page runs as it stands there, on small data; README and docs/extend.md have their own tests."""
 
+import inspect
 import re
 import sys
 
@@ -13,10 +14,11 @@ from torch import nn
 
 from ff_lightning import SFF, LocalNet, data
 from tests.conftest import make_trainer_in, small_net
-from tests.pages import MYPACKAGE, PAGES, code, name_of
+from tests.pages import MYPACKAGE, PAGES, ROOT, code, name_of
 
 SHAPE = {"num_classes": 10, "input_shape": (3, 32, 32)}
 QUICK = "limit_train_batches=2, limit_val_batches=1, logger=False, enable_checkpointing=False, accelerator='cpu'"
+OTHERS = ("README.md", "docs/data.md", "docs/extend.md")
 SLOW = ("docs/networks.md", "docs/performance.md")
 
 
@@ -100,7 +102,7 @@ def one_process(monkeypatch):
     [
         pytest.param(page, marks=pytest.mark.slow if name_of(page) in SLOW else [], id=name_of(page))
         for page in PAGES
-        if [*code(page, "python")] and name_of(page) not in ("README.md", "docs/extend.md")
+        if [*code(page, "python")] and name_of(page) not in OTHERS
     ],
 )
 def test_python_runs(page, tmp_path, monkeypatch, one_process, capsys):
@@ -118,3 +120,31 @@ def test_python_runs(page, tmp_path, monkeypatch, one_process, capsys):
         row = [re.search(rf"^\| {name} \|.*?\|.*?\| ([\d.]+) \|", page.read_text(), flags=re.M)[1]
                for name in ("saved", "operations")]  # fmt: skip
         assert [f"{printed[:, 0].max():.3f}", f"{printed[:, 1].mean():.3f}"] == row, "the column of reach=3"
+
+
+def test_own_data_trains(make_trainer):
+    class MyDataset(torch.utils.data.Dataset):
+        def __init__(self, root, train):
+            self.targets = [0, 1] * 20
+
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, i):
+            return torch.zeros(3, 64, 64, dtype=torch.uint8), self.targets[i]
+
+    names = {"MyDataset": MyDataset}
+    (block,) = [block for _, block in code(ROOT / "docs/data.md", "python")]
+    exec(block, names)
+    module = names["MyImages"](batch_size=4, num_workers=0)
+    trainer = make_trainer(fast_dev_run=True)
+    trainer.fit(SFF(backbone=small_net(3, classes=2), num_classes=2, input_shape=(3, 64, 64)), module)
+    assert trainer.global_step == 1
+
+
+def test_every_argument_in_the_table_exists():
+    table = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs/methods/sff.md").read_text(), flags=re.M)
+    named = {name for row in table for name in re.findall(r"`(\w+)`", row)}
+    known = {name for cls in SFF.__mro__[:2] for name in inspect.signature(cls).parameters}
+    assert named
+    assert named <= known
