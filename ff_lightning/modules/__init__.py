@@ -4,6 +4,7 @@ from ff_lightning.modules.backprop import Backprop
 from ff_lightning.modules.base import LocalLearner
 from ff_lightning.modules.cwc import CwC
 from ff_lightning.modules.ff import FF
+from ff_lightning.modules.pff import PFF
 from ff_lightning.modules.sff import SFF
 
-__all__ = ["FF", "SFF", "Backprop", "CwC", "LocalLearner"]
+__all__ = ["FF", "PFF", "SFF", "Backprop", "CwC", "LocalLearner"]
