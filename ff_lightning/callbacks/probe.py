@@ -46,7 +46,6 @@ class OnlineProbe(Callback):
         """Refuse a model without features."""
         if not isinstance(pl_module, LocalLearner) or type(pl_module).representation is LocalLearner.representation:
             raise ValueError(f"OnlineProbe reads `representation`: {type(pl_module).__name__} has none")
-        self._right = MeanMetric().to(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,7 +85,7 @@ class OnlineProbe(Callback):
         if self.probe is None:
             self._make(trainer, pl_module, features.shape[1])
         assert self.probe is not None
-        self._right.update((self.probe(features).argmax(1) == classes).float())
+        self._right.to(classes.device).update((self.probe(features).argmax(1) == classes).float())
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
