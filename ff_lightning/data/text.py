@@ -154,9 +154,10 @@ class Text(FileData):
         make: Any = LSAEncoder if level == "lsa" else partial(TextEncoder, level)
         self._encoder = make(vocabulary, length)
         super().__init__(train=train, task=cast(Any, task), **kwargs)
-        self.vocabulary = None if level == "lsa" else self._encoder.tokenizer.get_vocab_size()
+        if level != "lsa":
+            self.vocabulary = self._encoder.tokenizer.get_vocab_size()
         if task == "nexttoken":
-            self.class_names = [self._encoder.tokenizer.id_to_token(number) for number in range(self.vocabulary)]
+            self.class_names = [self._encoder.tokenizer.id_to_token(number) for number in range(self.vocabulary or 0)]
 
     def read_file(self, path: str) -> Samples:
         """All texts of a file or folder."""
