@@ -29,7 +29,7 @@ from ff_lightning.commands.predict import is_of_files
 from ff_lightning.commands.predict import main as predict
 from ff_lightning.commands.sheet import main as sheet
 from ff_lightning.commands.start import EPOCHS, help_of, init
-from ff_lightning.heads import GoodnessHead, PooledHead
+from ff_lightning.heads import GoodnessHead, LookAhead, PooledHead
 from ff_lightning.modules import LocalLearner
 from ff_lightning.tasks import task_of_name
 from ff_lightning.training.checkpoint_io import is_remote
@@ -48,7 +48,8 @@ class _Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         classes = subclasses(
-            LocalLearner, LightningDataModule, Optimizer, LRScheduler, Callback, Logger, GoodnessHead, PooledHead
+            *(LocalLearner, LightningDataModule, Optimizer, LRScheduler, Callback, Logger),
+            *(GoodnessHead, PooledHead, LookAhead),
         )
         options = {name: _options(parser) for name, parser in self.commands.items()}
         text = of_parser(message, self.given, options, classes)

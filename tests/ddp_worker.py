@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ff_lightning import SFF, LocalNet, data
 from ff_lightning.heads import GoodnessHead
+from tests import methods
 from tests.conftest import small_net
+from tests.methods import METHODS
 
 SAMPLES, BATCH = 64, 4  # images; per process
 
@@ -47,6 +49,8 @@ class SplitData(pl.LightningDataModule):
 
 def make(name):
     """The model of a scenario."""
+    if name in METHODS:
+        return methods.make(name, joined=True, lr=0.01)
     torch.manual_seed(0)
     norm = name.startswith("norm")
     network = nn.Sequential(*small_net(norm=norm)[:4], Unused(4)) if name.startswith("unused") else small_net(norm=norm)
@@ -140,6 +144,7 @@ def trainer(**settings):
 
 SCENARIOS = ["manual", "automatic", "accumulate", "clip", "clip_automatic", "unused", "unused_automatic"]
 SCENARIOS += ["channels_last", "norm", "reach", "reach_automatic", "windows", "windows_automatic", "twice"]
+SCENARIOS += METHODS
 
 
 def main(folder):

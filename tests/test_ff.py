@@ -284,16 +284,6 @@ def test_greedy_layers_are_trained_one_after_the_other(make_trainer, digits):
     assert not torch.equal(first[2], second[2])
 
 
-def test_the_config_learns(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", str(ROOT / "configs/ff/digits.yaml"), "--config", str(ROOT / "configs/trainer/cpu.yaml"),
-          "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "8"])  # fmt: skip
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "vote" in line or "readout" in line]
-    assert [line[1] for line in lines] != []
-    assert float(lines[-1][-2]) > 85, "all labels; logistic regression: 95"
-    assert float(lines[-2][-2]) > 85, "one pass"
-
-
 def test_a_model_brings_its_own_defaults_on_the_command_line(capsys):
     for name, expected in (
         ("FF", ["lr_scheduler: cosine", "backbone: null"]),

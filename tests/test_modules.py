@@ -11,11 +11,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from ff_lightning import FF, SFF, Backprop, data
+from ff_lightning import SFF, Backprop
 from ff_lightning.heads import GoodnessHead
 from tests.conftest import small_net
 
-METHODS = [SFF, Backprop, FF]
 SHAPE = {"num_classes": 10, "input_shape": (1, 8, 8)}
 
 
@@ -40,65 +39,6 @@ def assert_same(one, two, exact=True):
             assert torch.equal(one[key], two[key]), key
         else:
             torch.testing.assert_close(one[key], two[key], msg=key)
-
-
-@pytest.mark.parametrize("optimization", ["manual", "automatic"])
-@pytest.mark.parametrize("method", METHODS)
-class TestEveryMethod:
-    def test_fit_validate_test_predict(self, method, optimization, make_trainer, digits):
-        model, trainer = make(method, optimization=optimization), make_trainer()
-        before = weights(model)
-        trainer.fit(model, digits)
-        assert trainer.global_step == 6
-        assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
-        units = [model.unit_key(k) for k in range(len(model.unit_names))]
-        for stage, run in (("val", trainer.validate), ("test", trainer.test)):
-            logged = run(model, digits, verbose=False)[0]
-            assert {f"{stage}/{unit}_acc" for unit in units} | {f"{stage}/acc", f"{stage}/loss"} == set(logged)
-        scores = torch.cat(trainer.predict(model, digits))
-        assert scores.shape == (32, 10)
-
-    def test_reload_predicts_the_same(self, method, optimization, make_trainer, digits, tmp_path):
-        model, trainer = make(method, optimization=optimization, lr=0.01), make_trainer()
-        trainer.fit(model, digits)
-        trainer.save_checkpoint(tmp_path / "model.ckpt")
-        again = method.load_from_checkpoint(tmp_path / "model.ckpt", backbone=small_net(), weights_only=True)
-        x = torch.randn(4, 1, 8, 8)
-        assert torch.equal(model.eval()(x), again.eval()(x))
-        assert (again.hparams.lr, again.hparams.optimization) == (0.01, optimization)
-
-    def test_resume_ends_in_the_weights_of_the_run_that_was_not_interrupted(
-        self, method, optimization, make_trainer, digits, tmp_path
-    ):
-        class Interrupted(Exception):
-            pass
-
-        class Stop(ModelCheckpoint):
-            def on_train_epoch_start(self, trainer, model):
-                if trainer.current_epoch == 2:
-                    raise Interrupted
-
-        whole = make(method, optimization=optimization)
-        make_trainer(max_epochs=4).fit(whole, digits)
-        part = make(method, optimization=optimization)
-        stop = Stop(tmp_path, save_last=True)
-        with pytest.raises(Interrupted):
-            make_trainer(max_epochs=4, enable_checkpointing=True, callbacks=[stop]).fit(
-                part, data.Digits(batch_size=16)
-            )
-        resumed = make(method, optimization=optimization)
-        trainer = make_trainer(max_epochs=4)
-        trainer.fit(resumed, data.Digits(batch_size=16), ckpt_path=tmp_path / "last.ckpt")
-        assert trainer.global_step == 12
-        assert_same(weights(whole), weights(resumed))
-
-    def test_same_seed_same_weights(self, method, optimization, make_trainer, digits):
-        runs = []
-        for _ in range(2):
-            model = make(method, optimization=optimization)  # seeds
-            make_trainer().fit(model, digits)
-            runs.append(weights(model))
-        assert_same(*runs)
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])

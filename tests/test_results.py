@@ -130,6 +130,16 @@ def test_any_methods_have_columns_and_the_last_one_asked_for_is_the_baseline():
     assert other == "| `other` | acc, % | 0 | - | - | 10.00 | - | - |"
 
 
+def test_published_figures_stand_beside_ours():
+    run = made("mnist", "ff", 0, ("acc", "top5"), acc=0.985, top5=1.0)
+    runs = [run._replace(published="98.64 (arXiv 2212.13345)"), made("other", "ff", 0, acc=0.5)]
+    head, _, first, second, other = table(runs, "test").splitlines()
+    assert head == "| recipe | figure | seeds | ff | published |"
+    assert first == "| `mnist` | acc, % | 0 | 98.50 | ff: 98.64 (arXiv 2212.13345) |"
+    assert second == "| `mnist` | top5, % | 0 | 100.00 | - |"
+    assert other == "| `other` | acc, % | 0 | 50.00 | - |"
+
+
 def test_figures_are_those_of_the_task_or_those_asked_for(tmp_path, capsys):
     write(made("diabetes", "sff", 0, ("mae", "r2"), mae=0.6, r2=0.54, loss=0.3, block00_mae=0.7), tmp_path)
     write(made("digits", "ff", 0, acc=0.97, readout_acc=0.98), tmp_path)

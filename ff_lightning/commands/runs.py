@@ -3,6 +3,7 @@
 import importlib
 import json
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -44,6 +45,7 @@ class Run(NamedTuple):
         command: Makes it once more.
         date: Of its end, UTC.
         versions: Of what it was run with.
+        published: The figure of its paper: what the config says in a line ``# published: 98.64 (arXiv 2212.13345)``.
     """
 
     recipe: str
@@ -55,6 +57,7 @@ class Run(NamedTuple):
     command: str
     date: str
     versions: str
+    published: str = ""
 
     def of_stage(self, stage: str) -> dict[str, float]:
         """The figures of a stage, by their names without it."""
@@ -160,6 +163,7 @@ def _make(
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": f"ff_lightning {__version__}, torch {torch.__version__}, lightning {lightning.__version__}, "
         f"Python {platform.python_version()}",
+        "published": "".join(re.findall(r"^# published: *(.*)$", settings, re.MULTILINE)[:1]),
     }
     with replacing(part / RECORD) as path:
         path.write_text(json.dumps(record, indent=1))

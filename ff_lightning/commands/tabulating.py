@@ -28,7 +28,8 @@ def table(runs: Sequence[Run], stage: str, methods: Sequence[str] | None = None,
     """Markdown: each figure of each recipe, mean and standard deviation over the seeds, a column for each method.
 
     Differences are those to backpropagation, or to the second of two methods, over the seeds that both have: mean,
-    standard deviation, and the 95 % interval of the mean by Student's t.
+    standard deviation, and the 95 % interval of the mean by Student's t. What a config says is published stands beside
+    the first figure.
 
     Args:
         runs: Of any recipes.
@@ -53,7 +54,11 @@ def table(runs: Sequence[Run], stage: str, methods: Sequence[str] | None = None,
                 pairs = [_difference(figure, values[method], values[baseline], seeds) for method in compared]
                 unit = f"{figure}, %" if _in_percent(figure) else figure
                 rows.append([f"`{recipe}`", unit, _listed(seeds), *cells, *pairs])
-    head = ["recipe", "figure", "seeds", *methods, *(f"{method} - {baseline}" for method in compared)]
+                published = {run.method: run.published for run in group if run.published and figure == run.shown[0]}
+                rows[-1].append(", ".join(f"{method}: {text}" for method, text in published.items()) or "-")
+    head = ["recipe", "figure", "seeds", *methods, *(f"{method} - {baseline}" for method in compared), "published"]
+    if all(row[-1] == "-" for row in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ff_lightning.heads.groups import GroupHead
 from ff_lightning.heads.layers import without_padding
+from ff_lightning.heads.lookahead import LookAhead
 from ff_lightning.heads.pooled import PooledHead
 from ff_lightning.heads.squared import GoodnessHead
 from ff_lightning.heads.tokens import TokenHead
@@ -20,7 +21,8 @@ HeadFactory = Callable[[int, int], nn.Module]
 """Makes the head of a block from its number of channels and the number of classes.
 
 If it has a parameter `size`, it is given the positions of the features as well: (), (T,), (H, W) or (D, H, W); if it
-has `masked`, whether there may be padding among them. The head is then given a mask (B, T) with features (B, C, T), if
+has `masked`, whether there may be padding among them; if it has `place`, the `ff_lightning.local.objectives.Place` of
+the block, with the blocks that follow. The head is then given a mask (B, T) with features (B, C, T), if
 its forward has a parameter `mask`; where it has none, the features are zeros at padding.
 """
 
@@ -30,6 +32,7 @@ HEADS: dict[str, HeadFactory] = {
     "paper": partial(GoodnessHead, depth=0, temperature=1.0),
     "tokens": TokenHead,
     "groups": GroupHead,
+    "lookahead": LookAhead,
 }
 
 
@@ -44,7 +47,9 @@ def check_head(head: Any) -> None:
         check_choice("head", head, HEADS, f"one of {list(HEADS)} or a function (channels, classes)")
 
 
-def make_head(factory: HeadFactory, map_shape: Sequence[int], num_classes: int, masked: bool = False) -> nn.Module:
+def make_head(
+    factory: HeadFactory, map_shape: Sequence[int], num_classes: int, masked: bool = False, place: Any = None
+) -> nn.Module:
     """The head for features of shape (C, H, W), or with another number of axes; see `HeadFactory`.
 
     Raises:
@@ -55,7 +60,7 @@ def make_head(factory: HeadFactory, map_shape: Sequence[int], num_classes: int, 
     try:
         takes = signature(factory)
         arguments = {*takes.parameters, *getattr(factory, "keywords", {})}  # the command line gives a partial
-        offered = {"size": tuple(map_shape[1:]), "masked": masked}
+        offered = {"size": tuple(map_shape[1:]), "masked": masked, "place": place}
         options = {key: value for key, value in offered.items() if key in arguments}
         takes.bind(map_shape[0], num_classes, **options)
     except (TypeError, ValueError) as error:

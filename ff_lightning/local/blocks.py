@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ff_lightning.heads import HeadFactory, make_head
+from ff_lightning.heads import HeadFactory, PooledHead, make_head
 from ff_lightning.heads.factory import takes_mask, with_mask
 from ff_lightning.local.chain import Norm, hand_on, held, run_block, state_of
 from ff_lightning.local.objectives import Loss, Place, make_objective
@@ -66,8 +66,13 @@ class LocalBlocks(nn.Module):
 
     def _place(self, k: int) -> Place:
         block = cast(Block, self.blocks[k])
-        head = partial(make_head, self.head_factory, block.map_shape, self.num_classes, self._is_masked(k))
-        return Place(k, len(self.blocks), block.name, block.map_shape, self.num_classes, head, self._is_masked(k))
+        shape, masked = block.map_shape, self._is_masked(k)
+        following = cast(tuple[Block, ...], tuple(self.blocks)[k + 1 :])
+        pooled = partial(PooledHead, shape[0], self.num_classes, size=shape[1:])
+        place = Place(
+            k, len(self.blocks), block.name, shape, self.num_classes, pooled, masked, block.channel_dim, following
+        )
+        return place._replace(make_head=partial(make_head, self.head_factory, shape, self.num_classes, masked, place))
 
     def _is_masked(self, k: int) -> bool:
         """Whether there may be padding among the positions of block k."""

@@ -174,7 +174,7 @@ class FFNet(LocalNet):
             target: Classes, (B,); None: the neutral label.
         """
         if target is None:
-            labels = x.new_full((len(x), self.num_classes), 1 / self.num_classes)
+            labels = x.new_full((x.shape[0], self.num_classes), 1 / self.num_classes)
         else:
             labels = F.one_hot(target, self.num_classes).to(x.dtype)
         return _mean_square_1(self.place_label(x, labels))
@@ -214,7 +214,7 @@ class FFNet(LocalNet):
         if self.negatives == "hybrid":
             yield from self._parts_of_readout(x)
             return
-        every = torch.arange(self.num_classes, device=x.device).repeat(len(x))
+        every = torch.arange(self.num_classes, device=x.device).repeat(x.shape[0])  # len() is a constant of an export
         passing: Any = super().local_goodness(self.with_label(x.repeat_interleave(self.num_classes, 0), every))
         stay: Tensor | None = None
         for _ in self.blocks:
@@ -235,7 +235,7 @@ class FFNet(LocalNet):
         start = 0
         for k, features in enumerate(self.neutral_features(x)):
             if k < self.readout_from:
-                yield features.new_zeros(len(x), self.num_classes)
+                yield features.new_zeros(x.shape[0], self.num_classes)
             else:
                 yield F.linear(features, self.readout.weight[:, start : start + features.shape[1]])
                 start += features.shape[1]

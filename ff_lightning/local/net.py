@@ -47,9 +47,10 @@ class LocalNet(LocalBlocks):
         num_classes: K, the number of scores of each block.
         granularity: Where to cut; see `ff_lightning.partition`.
         head: ``"pooled"``, ``"deep"``, ``"paper"`` (see `PooledHead` and `GoodnessHead`), ``"tokens"`` (`TokenHead`,
-            for `NextTokenLoss`), or a function (channels, K) -> module from (B, C, H, W) to goodness (B, K); a
-            parameter `size` of it is given (H, W). Signals and tokens have one axis, (B, C, T), vectors none; for
-            padding see `ff_lightning.heads.HeadFactory`.
+            for `NextTokenLoss`), ``"lookahead"`` (`LookAhead`: copies of the next blocks), or a function (channels, K)
+            -> module from (B, C, H, W) to goodness (B, K); a parameter `size` of it is given (H, W), a parameter
+            `place` the `Place` of the block, with those that follow. Signals and tokens have one axis, (B, C, T),
+            vectors none; for padding see `ff_lightning.heads.HeadFactory`.
         norm: What the next block sees of a block's output: normalised over all features of a sample (``"layer"``),
             over the channels of each position (``"channel"``), divided by its root mean square (``"length"``), or as
             it is (``"none"``). The head sees it as it is. For token ids, and where there is a mask, layer is channel as

@@ -14,6 +14,7 @@ from ff_lightning.local.updates import Update
 from ff_lightning.losses import GroupLoss
 from ff_lightning.modules.base import LocalLearner
 from ff_lightning.partition import Granularity
+from ff_lightning.partition.trace import evaluating
 from ff_lightning.training.plain import to_plain
 from ff_lightning.training.schedules import Schedule
 from ff_lightning.util.arguments import check_number, check_whole, shown
@@ -104,19 +105,20 @@ class CwC(LocalLearner):
     def local_updates(self, batch: Any) -> Iterator[Update]:
         """The updates of the blocks that are trained, from the input on, and that of the read-out."""
         inputs, target = self.inputs_and_target(batch)
+        loss = self.criterion(self.readout(self._last_features(*inputs)), target)  # of the weights before any step
         if self.net.trained:
             yield from self.net.updates(inputs, target, scaler=self.scaler)
-        loss = self.criterion(self._readout_scores(*inputs), target)
         yield Update((len(self.net.blocks),), loss, (loss.detach(),))
 
-    def _readout_scores(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            *_, features = self.net.local_features(x)
-        return self.readout(features.flatten(1))
+    def _last_features(self, *inputs: Any) -> Tensor:
+        """What the read-out sees, as it is at test: (B, D), detached; running statistics do not move."""
+        with evaluating(self.net):
+            *_, features = self.net.local_features(*inputs)
+        return features.flatten(1)
 
     def scores(self, *inputs: Any) -> Tensor:
         """Goodness of each class at each block, and the scores of the read-out: (L + 1, B, K)."""
-        return torch.cat([self.net.goodness(*inputs), self._readout_scores(*inputs)[None]])
+        return torch.cat([self.net.goodness(*inputs), self.readout(self._last_features(*inputs))[None]])
 
     def vote(self, scores: Tensor) -> Tensor:
         """The vote of the blocks."""

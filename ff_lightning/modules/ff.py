@@ -115,9 +115,11 @@ class FF(LocalLearner):
     def local_updates(self, batch: Any) -> Iterator[Update]:
         """The updates of the blocks, from the input on, and that of the read-out, once the last block is trained."""
         (x,), target = self.inputs_and_target(batch)
-        yield from self.net.updates(x, target)
+        loss = None
         if target is not None and len(self.net.blocks) - 1 in self.net.trained:
-            loss = self.criterion(self.net.readout(self.net.states(x)), target)
+            loss = self.criterion(self.net.readout(self.net.states(x)), target)  # of the weights before any step
+        yield from self.net.updates(x, target)
+        if loss is not None:
             yield Update((len(self.unit_names) - 1,), loss, (loss.detach(),))
 
     def scores(self, *inputs: Any) -> Tensor | None:

@@ -33,7 +33,8 @@ class SFF(LocalLearner):
         weights: To start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of a
             state dict, whose classifier may be one for other classes.
         granularity: ``"layer"``, ``"block"``, ``"stage"``, a number of units, or names of modules to cut after.
-        head: ``"pooled"``, ``"deep"``, ``"paper"``, or a class such as `PooledHead` called with (channels, classes).
+        head: ``"pooled"``, ``"deep"``, ``"paper"``, ``"lookahead"``, or a class such as `PooledHead` called with
+            (channels, classes).
         norm: Normalisation between the blocks: ``"layer"``, ``"channel"``, ``"length"`` or ``"none"``.
         vote: How the blocks decide: ``"mean"``, ``"depth"``, ``"last"`` or ``"log_softmax"``.
         loss: The local loss: ``"similarity"``, ``"predsim"``, ``"supcon"``, or a class or function that makes one for a
@@ -57,7 +58,7 @@ class SFF(LocalLearner):
         stem: Stem = "standard",
         weights: str | None = None,
         granularity: Granularity = "block",
-        head: Literal["pooled", "deep", "paper", "groups"] | HeadFactory = "pooled",
+        head: Literal["pooled", "deep", "paper", "groups", "lookahead"] | HeadFactory = "pooled",
         norm: Norm = "layer",
         vote: Literal["mean", "depth", "last", "log_softmax"] = "mean",
         loss: Literal["logsumexp", "similarity", "predsim", "supcon"] | Callable[[], nn.Module] | None = None,
