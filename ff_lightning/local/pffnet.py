@@ -197,8 +197,9 @@ class PFFNet(nn.Module):
 
         As in the authors' code the mean over two steps in the middle of the settling.
         """
+        x = self.scaled(x)
         labels = torch.eye(self.num_classes, device=x.device, dtype=x.dtype).repeat(x.shape[0], 1)
-        x = self.scaled(x).repeat_interleave(self.num_classes, 0)
+        x = x.repeat_interleave(self.num_classes, 0)
         states, seen = self.start(x), []
         for _ in range(self.steps // 2 + 1):
             states = self.step(states, x, labels)
