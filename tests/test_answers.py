@@ -242,6 +242,11 @@ def test_last_and_best_are_those_of_the_newest_run():
     assert moved.is_relative_to("moved/lightning_logs/version_0")
 
 
+def test_a_run_without_a_validation_has_no_best_checkpoint():
+    run(*DIGITS, "--trainer.max_steps", 1)
+    assert "has kept no best checkpoint" in answer("test", "--ckpt_path", "best")
+
+
 def test_there_is_no_last_checkpoint():
     for which in ("last", "best"):
         assert f"ckpt_path='{which}': there is no checkpoint lightning_logs" in answer("fit", "--ckpt_path", which)

@@ -1,22 +1,19 @@
 """The code of docs/extend.md runs as it stands there, and what it makes learns."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
 from ff_lightning import SFF, data
 from tests.conftest import small_net
+from tests.pages import ROOT, code
 
-PAGE = (Path(__file__).parents[1] / "docs" / "extend.md").read_text()
 SHAPE = {"num_classes": 10, "input_shape": (1, 8, 8)}
 
 
 @pytest.fixture(scope="module")
 def made():
     names = {"__name__": __name__}
-    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.S):
+    for _, block in code(ROOT / "docs/extend.md", "python"):
         exec(block, names)
     return names
 

@@ -36,9 +36,9 @@ def find_checkpoint(which: str, root: str | None, dirpath: str | None) -> str:
         return str(last)
     states = read_checkpoint(str(last)).get("callbacks", {})
     paths = [state["best_model_path"] for key, state in states.items() if key.startswith("BestCheckpoint")]
-    for path in map(Path, paths):
+    for path in (Path(path) for path in paths if path):  # empty: the run ended before its first validation
         for best in (path, last.with_name(path.name)):  # the folder of the run may have been moved
-            if path.name and best.is_file():
+            if best.is_file():
                 return str(best)
     raise ValueError(f"ckpt_path='best': the run of {last} has kept no best checkpoint: give 'last', or a path")
 
