@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ff_lightning import __version__
-from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint
+from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint, Pictures
 from ff_lightning.callbacks.table import LogShortEpochs
 from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
 from ff_lightning.commands.ckpt_path import find_checkpoint, find_root, read_checkpoint
@@ -98,6 +98,9 @@ class CLI(LightningCLI):
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         for subcommand in ("validate", "test"):
             self._subcommand_parsers[subcommand].set_defaults({"verbose": False})
+        self._subcommand_parsers["test"].add_argument(
+            "--pictures", type=str | None, default=None, help="folder to draw what is confused into; see `Pictures`"
+        )
         _Parser.commands = self._subcommand_parsers
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -178,6 +181,10 @@ class CLI(LightningCLI):
         """Say so where there is nothing to test."""
         if not self.config[self.subcommand].get("ckpt_path"):
             warnings.warn("no --ckpt_path was given: these are the results of an untrained network", stacklevel=1)
+
+        pictures = self.config[self.subcommand].get("pictures")
+        if pictures is not None:
+            cast(Any, self.trainer).callbacks.append(Pictures(pictures))
 
     before_validate = before_predict = before_test
 
