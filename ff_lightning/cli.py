@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ff_lightning import __version__
-from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint
+from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint, Pictures
 from ff_lightning.callbacks.table import LogShortEpochs
 from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
 from ff_lightning.commands.ckpt_path import find_checkpoint, find_root, read_checkpoint
@@ -27,6 +27,7 @@ from ff_lightning.commands.exits import main as exits
 from ff_lightning.commands.export import main as export
 from ff_lightning.commands.predict import is_of_files
 from ff_lightning.commands.predict import main as predict
+from ff_lightning.commands.probe import main as probe
 from ff_lightning.commands.sheet import main as sheet
 from ff_lightning.commands.start import EPOCHS, help_of, init
 from ff_lightning.heads import GoodnessHead, LookAhead, PooledHead
@@ -98,6 +99,9 @@ class CLI(LightningCLI):
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         for subcommand in ("validate", "test"):
             self._subcommand_parsers[subcommand].set_defaults({"verbose": False})
+        self._subcommand_parsers["test"].add_argument(
+            "--pictures", type=str | None, default=None, help="folder to draw what is confused into; see `Pictures`"
+        )
         _Parser.commands = self._subcommand_parsers
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -179,18 +183,25 @@ class CLI(LightningCLI):
         if not self.config[self.subcommand].get("ckpt_path"):
             warnings.warn("no --ckpt_path was given: these are the results of an untrained network", stacklevel=1)
 
+        pictures = self.config[self.subcommand].get("pictures")
+        if pictures is not None:
+            cast(Any, self.trainer).callbacks.append(Pictures(pictures))
+
     before_validate = before_predict = before_test
+
+
+_COMMANDS = {"sheet": sheet, "exits": exits, "export": export, "init": init, "probe": probe}
 
 
 def _own_command(given: Sequence[str]) -> Callable[[Sequence[str]], None] | None:
     """What runs without the Trainer, and so is no subcommand of LightningCLI."""
     if is_of_files(given):
         return predict
-    return {"sheet": sheet, "exits": exits, "export": export, "init": init}.get(given[0]) if given else None
+    return _COMMANDS.get(given[0]) if given else None
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command: fit, validate, test, predict, exits, export, sheet or init.
+    """Run a command: fit, validate, test, predict, exits, export, probe, sheet or init.
 
     Args:
         args: What follows ``ff-lightning`` on the command line. None: the command line of the process.

@@ -1,8 +1,10 @@
-"""Side matters: what is reported about a run, its best and its last checkpoint, and which block is trained when."""
+"""Side matters: what is reported and drawn of a run, its best and its last checkpoint, which block is trained when."""
 
 from ff_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from ff_lightning.callbacks.greedy import GreedyBlocks
+from ff_lightning.callbacks.pictures import Pictures
+from ff_lightning.callbacks.probe import OnlineProbe
 from ff_lightning.callbacks.table import BlockTable
 from ff_lightning.callbacks.thresholds import Thresholds
 
-__all__ = ["BestCheckpoint", "BlockTable", "GreedyBlocks", "LastCheckpoint", "Thresholds"]
+__all__ = ["BestCheckpoint", "BlockTable", "GreedyBlocks", "LastCheckpoint", "OnlineProbe", "Pictures", "Thresholds"]

@@ -21,7 +21,7 @@ ff-lightning: train any network block by block, each block on its own loss, insi
   ff-lightning init                                  write config.yaml, a config to start from
   ff-lightning predict --ckpt_path X --data.root F   the classes of the images in folder F, as predictions.csv
 
-Commands: fit, validate, test, predict, exits, export, sheet, init. Each has --help;
+Commands: fit, validate, test, predict, exits, export, probe, sheet, init. Each has --help;
 ff-lightning --help lists global options.
 """
 
@@ -46,8 +46,13 @@ usage: ff-lightning {command} [--config FILE ...] [--model NAME] [--data NAME] [
   --trainer.precision NAME       32-true, bf16-mixed, 16-mixed
   --trainer.default_root_dir DIR where logs and checkpoints go
 
-  --print_config                 all settings with their values, as YAML, and no run
+{pictures}  --print_config                 all settings with their values, as YAML, and no run
   --help_all                     every option of Lightning and of the default model and data: hundreds of lines
+"""
+
+_PICTURES = """\
+  --pictures FOLDER              draw what is confused, the worst mistakes, the accuracy of each block; needs matplotlib
+
 """
 
 TEMPLATE = """\
@@ -89,7 +94,8 @@ def help_of(given: Sequence[str], classes: Mapping[str, type]) -> str | None:
     if {"--help", "-h"} & set(given):
         resumes = "go on with this run" if given[0] == "fit" else "the trained model"
         epochs = f"{EPOCHS} if neither max_steps nor max_time is given"
-        return _OPTIONS.format(command=given[0], ckpt_path=resumes, epochs=epochs)
+        pictures = _PICTURES if given[0] == "test" else ""
+        return _OPTIONS.format(command=given[0], ckpt_path=resumes, epochs=epochs, pictures=pictures)
     for option in ("--model.help", "--data.help"):
         name = _value_of(option, given)
         if name is not None and name in classes:
