@@ -15,11 +15,12 @@ from ff_lightning.partition import partition
 if TYPE_CHECKING:
     from ff_lightning import data, tasks
     from ff_lightning.inference import from_pretrained, load
-    from ff_lightning.modules import FF, PFF, SFF, Backprop, CwC, LocalLearner
+    from ff_lightning.modules import FF, PFF, SCFF, SFF, Backprop, CwC, LocalLearner
 
 __all__ = [
     "FF",
     "PFF",
+    "SCFF",
     "SFF",
     "Backprop",
     "CwC",
@@ -42,7 +43,7 @@ def __getattr__(name: str) -> Any:
     """Import what needs Lightning when it is asked for: plain PyTorch users do not wait for it."""
     if name in ("data", "tasks"):
         return importlib.import_module(f"ff_lightning.{name}")
-    if name in ("FF", "PFF", "SFF", "Backprop", "CwC", "LocalLearner"):
+    if name in ("FF", "PFF", "SCFF", "SFF", "Backprop", "CwC", "LocalLearner"):
         return getattr(importlib.import_module("ff_lightning.modules"), name)
     if name in ("load", "from_pretrained"):
         return getattr(importlib.import_module("ff_lightning.inference"), name)

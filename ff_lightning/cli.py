@@ -27,6 +27,7 @@ from ff_lightning.commands.exits import main as exits
 from ff_lightning.commands.export import main as export
 from ff_lightning.commands.predict import is_of_files
 from ff_lightning.commands.predict import main as predict
+from ff_lightning.commands.probe import main as probe
 from ff_lightning.commands.sheet import main as sheet
 from ff_lightning.commands.start import EPOCHS, help_of, init
 from ff_lightning.heads import GoodnessHead, LookAhead, PooledHead
@@ -189,15 +190,18 @@ class CLI(LightningCLI):
     before_validate = before_predict = before_test
 
 
+_COMMANDS = {"sheet": sheet, "exits": exits, "export": export, "init": init, "probe": probe}
+
+
 def _own_command(given: Sequence[str]) -> Callable[[Sequence[str]], None] | None:
     """What runs without the Trainer, and so is no subcommand of LightningCLI."""
     if is_of_files(given):
         return predict
-    return {"sheet": sheet, "exits": exits, "export": export, "init": init}.get(given[0]) if given else None
+    return _COMMANDS.get(given[0]) if given else None
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command: fit, validate, test, predict, exits, export, sheet or init.
+    """Run a command: fit, validate, test, predict, exits, export, probe, sheet or init.
 
     Args:
         args: What follows ``ff-lightning`` on the command line. None: the command line of the process.

@@ -154,3 +154,33 @@ def hybrids(x: Tensor, blurs: int = 6) -> Tensor:
     mask = blurred_masks(bits, blurs)
     others = x.roll(int(torch.randint(1, len(x), ())), 0)
     return mask * x + (1 - mask) * others
+
+
+# ------------------------------------------------------------------------------------------------------ positive pairs
+
+
+def same(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sample beside itself."""
+    return x, x
+
+
+def shifts(x: Tensor, most: int = 2) -> tuple[Tensor, Tensor]:
+    """Two views of each image, moved by up to `most` pixels; what comes in at an edge repeats it.
+
+    Args:
+        x: (B, C, H, W), floating.
+        most: In each direction, all of 2 most + 1 places being equally likely.
+
+    Raises:
+        ValueError: If the inputs are no images.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"views='shifts' moves images (B, C, H, W): the inputs have the shape {tuple(x.shape)}")
+    windows = F.pad(x, [most] * 4, mode="replicate").unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)
+    batch = torch.arange(len(x), device=x.device)
+    one, other = torch.randint(2 * most + 1, (2, 2, len(x)), device=x.device)
+    return windows[batch, :, one[0], one[1]], windows[batch, :, other[0], other[1]]
+
+
+VIEWS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"same": same, "shifts": shifts}
+"""By name, what makes the two samples of each positive pair."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ff_lightning import SFF, LocalNet, data
+from ff_lightning.callbacks import OnlineProbe
 from ff_lightning.heads import GoodnessHead
 from tests import methods
 from tests.conftest import small_net
@@ -169,6 +170,11 @@ def main(folder):
         result = {"weights": model.state_dict(), "steps": run.global_step, "sent": sent}
         result["logged"] = {key: value.clone() for key, value in run.callback_metrics.items()}
         torch.save(result, folder / f"{name}-{rank}.pt")
+    probe = OnlineProbe(num_classes=10)
+    loaders = [DataLoader(images(), batch_size=BATCH, sampler=DistributedSampler(images(), 2, rank, shuffle=False))] * 2
+    run = trainer(strategy="ddp", devices=2, callbacks=[probe])
+    run.fit(make("manual"), *loaders)
+    torch.save({**probe.probe.state_dict(), "acc": run.callback_metrics["val/probe_acc"]}, folder / f"probe-{rank}.pt")
     own = Own()
     sampler = DistributedSampler(images(), num_replicas=2, rank=rank, shuffle=False)
     trainer(strategy="ddp", devices=2, **OWN).fit(own, DataLoader(images(), batch_size=BATCH, sampler=sampler))

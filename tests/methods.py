@@ -23,6 +23,8 @@ class Case(NamedTuple):
         config: Of its first run, in configs/.
         floor: Test accuracy in % that it passes after `epochs` of this config and untrained weights do not.
         epochs: None: all of the config.
+        modes: Of optimization.
+        answers: Whether it gives scores; else it gives features alone, and its floor is in tests of its own.
     """
 
     arguments: Callable[[], dict[str, Any]]
@@ -30,6 +32,8 @@ class Case(NamedTuple):
     config: str
     floor: float
     epochs: int | None = None
+    modes: tuple[str, ...] = ("manual", "automatic")
+    answers: bool = True
 
 
 def next_label(labels: torch.Tensor, classes: int) -> torch.Tensor:
@@ -49,6 +53,8 @@ CASES = {
         85,
         8,
     ),
+    "PFF": Case(lambda: {"units": [30, 30], "steps": 4}, None, "pff/digits", 85, None, ("manual",)),
+    "SCFF": Case(lambda: {"widths": [20, 16], "epochs": [1, 1]}, None, "scff/digits", 0, answers=False),
     "SFF": Case(
         lambda: {"backbone": small_net()}, lambda: {"backbone": small_net(norm=False)}, "sff/digits_cnn", 90, 3
     ),

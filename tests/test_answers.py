@@ -1,5 +1,6 @@
 """On the command line, what the user can mend is answered in one line, and one on where there is help."""
 
+import importlib
 import logging
 import os
 import re
@@ -95,6 +96,15 @@ FILES = [
 def test_a_config_that_is_wrong(content, message):
     Path("c.yaml").write_text(content)
     assert re.search(message, answer("fit", "--config", "c.yaml"))
+
+
+def test_a_name_of_several_classes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("firstpackage", "secondpackage"):
+        (tmp_path / f"{module}.py").write_text("from ff_lightning.data import Digits\nclass Twin(Digits):\n    pass\n")
+        importlib.import_module(module)
+    error = answer("fit", *SHORT, "--data", "Twin")
+    assert "data='Twin' is the name of several classes: give firstpackage.Twin or secondpackage.Twin" in error
 
 
 def test_a_config_that_is_no_text_and_one_that_is_not_there():

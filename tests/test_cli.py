@@ -1,6 +1,8 @@
 import contextlib
+import gzip
 import inspect
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,10 @@ def files(tmp_path, monkeypatch, image_folder, served):
     np.savez(tmp_path / "data" / "signals.npz", x=np.random.default_rng(0).normal(size=(40, 100)), y=np.arange(40) % 2)
     rows = [f"{('good', 'bad')[i % 2]} film {i},{i % 2}" for i in range(40)]
     (tmp_path / "data" / "texts.csv").write_text("\n".join(["text,label", *rows]))
+    for split in ("train", "test"):
+        with gzip.open(tmp_path / "data" / f"imdb_{split}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps({"text": f"{('good', 'bad')[i % 2]} film {i}", "label": i % 2}) + "\n"
+                            for i in range(40, 80))  # fmt: skip
 
 
 def checkpoint(folder, name="last.ckpt"):
@@ -79,11 +85,13 @@ def test_every_config_runs(config, files):
     quick += ["--trainer.check_val_every_n_epoch", 1]
     if "imagenette" in str(config):
         quick += ["--data.root", "data/images", "--data.image_size", 64]
+    if "imdb" in str(config):
+        quick += ["--data.length", 8]
     for argument, few in (("subset", 40), ("samples_per_class", 4)):
         if f"{argument}:" in text:
             quick += [f"--data.{argument}", few]
     printed = run("fit", "--config", ROOT / config, *quick)
-    figure = "mae" if "diabetes" in str(config) else "accuracy"
+    figure = "mae" if "diabetes" in str(config) else "loss" if method == "SCFF" else "accuracy"
     assert f"validation {figure}" in printed
     assert "vote" in printed
     path = checkpoint(".")

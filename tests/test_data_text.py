@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from ff_lightning import data
 from tests.conftest import REAL_DATA
@@ -123,6 +125,36 @@ def test_another_vocabulary_than_that_of_the_run_is_refused(write):
         ValueError, match=r"token ids of another vocabulary than that of the training split of '.*texts"
     ):
         ready(path).load_state_dict(state)
+
+
+def test_lsa_makes_standardised_vectors_of_the_words_of_the_training_split(write):
+    module = ready(write(), level="lsa", length=8, batch_size=60)
+    assert (module.input_shape, module.vocabulary) == ((8,), None)
+    numbers = module.train_set.numbers
+    texts = module._train.inputs[numbers]
+    counts = TfidfVectorizer(sublinear_tf=True).fit(texts)
+    assert set(module.encoder.words.get_feature_names_out()) == set(counts.get_feature_names_out())
+    vectors = module.encoder.transform(module._train.take(numbers))
+    torch.testing.assert_close(vectors.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors.std(0, correction=0), torch.ones(8), atol=1e-4, rtol=0)
+    whole = counts.transform(texts).toarray()
+    cut = module.encoder.scaler.inverse_transform(vectors.numpy())
+    lost = np.square(np.linalg.svd(whole, compute_uv=False)[8:]).sum()
+    assert np.square(whole).sum() - np.square(cut).sum() == pytest.approx(lost, rel=0.02), "the strongest directions"
+    ((inputs, targets),) = module.test_dataloader()
+    assert (inputs.dtype, inputs.shape, targets.dtype) == (torch.float32, (12, 8), torch.int64)
+
+
+def test_lsa_that_cannot_be(write):
+    with pytest.raises(ValueError, match=r"length=500: the .. texts for training have .. words"):
+        data.Text(write(), level="lsa", length=500)
+    with pytest.raises(ValueError, match="level='lsa' makes vectors, which have no next token"):
+        data.Text(write(), level="lsa", task="nexttoken")
+    path = write()
+    state = ready(path, level="lsa").state_dict()
+    ready(path, level="lsa").load_state_dict(state)
+    with pytest.raises(ValueError, match="another vocabulary"):
+        ready(path, level="word").load_state_dict(state)
 
 
 def test_several_labels_and_a_regression(write):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ff_lightning import SFF
+from ff_lightning.callbacks import OnlineProbe
 from ff_lightning.heads import PooledHead
 from ff_lightning.training import checks
 from tests import ddp_worker, methods
@@ -89,6 +90,17 @@ def test_every_test_sample_counts_once(folder):
     assert one["samples"] + two["samples"] == 360
     assert one["acc"] == two["acc"]
     assert float(one["acc"]) * 360 == pytest.approx(round(float(one["acc"]) * 360), abs=1e-3)
+
+
+def test_a_probe_is_that_of_one_process_with_the_joined_batch(folder):
+    probe, model = OnlineProbe(num_classes=10), ddp_worker.make("manual")
+    run = ddp_worker.trainer(devices=1, callbacks=[probe])
+    loader = DataLoader(ddp_worker.images(), batch_size=2 * ddp_worker.BATCH)
+    run.fit(model, loader, loader)
+    one, two = ranks(folder, "probe")
+    for key, value in {**probe.probe.state_dict(), "acc": run.callback_metrics["val/probe_acc"]}.items():
+        assert torch.equal(one[key], two[key])
+        torch.testing.assert_close(one[key], value, atol=1e-5, rtol=1e-3, msg=key)
 
 
 def test_loss_in_a_users_own_module(folder):

@@ -168,6 +168,11 @@ def test_what_cannot_work_is_said(arguments, message):
         PFF(units=[20, 20], **SHAPE, **arguments)
 
 
+def test_gradients_are_cut_unless_told_otherwise():
+    settings = [(model.clip_value, model.clip_norm) for model in (make(), make(clip_norm=0.5), make(clip_value=2.0))]
+    assert settings == [(1.0, None), (None, 0.5), (2.0, None)]
+
+
 def make(**arguments):
     torch.manual_seed(0)
     return PFF(**{"units": [20, 20], "steps": 3, **SHAPE, **arguments})

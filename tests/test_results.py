@@ -213,6 +213,16 @@ def test_a_table_mixes_no_settings(tmp_path, there, more):
         results.main([*arguments, "--runs", str(tmp_path), *more])
 
 
+def test_a_comment_is_no_setting(tmp_path):
+    (tmp_path / "configs/sff").mkdir(parents=True)
+    write(made("digits_cnn", "sff", 0, acc=0.9), tmp_path / "runs")
+    config = (ROOT / "configs/sff/digits_cnn.yaml").read_text()
+    (tmp_path / "configs/sff/digits_cnn.yaml").write_text(f"# another\n\n{config}")
+    (tmp_path / "runs/digits_cnn/sff-0" / SETTINGS).write_text(f"{config}\n# --stage test \n")
+    places = ["--configs", str(tmp_path / "configs"), "--runs", str(tmp_path / "runs")]
+    results.main(["digits_cnn", "--seeds", "0", *places])
+
+
 def test_no_runs_are_no_table(tmp_path):
     with pytest.raises(SystemExit, match="no runs in"):
         results.main(["--runs", str(tmp_path / "nothing"), "--plot", str(tmp_path / "blocks.png")])

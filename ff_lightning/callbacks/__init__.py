@@ -3,7 +3,8 @@
 from ff_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from ff_lightning.callbacks.greedy import GreedyBlocks
 from ff_lightning.callbacks.pictures import Pictures
+from ff_lightning.callbacks.probe import OnlineProbe
 from ff_lightning.callbacks.table import BlockTable
 from ff_lightning.callbacks.thresholds import Thresholds
 
-__all__ = ["BestCheckpoint", "BlockTable", "GreedyBlocks", "LastCheckpoint", "Pictures", "Thresholds"]
+__all__ = ["BestCheckpoint", "BlockTable", "GreedyBlocks", "LastCheckpoint", "OnlineProbe", "Pictures", "Thresholds"]

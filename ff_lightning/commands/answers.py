@@ -183,6 +183,9 @@ def _of_value(message: str, classes: Iterable[str]) -> str | None:
         value = path[1] if path else value
         hint = "" if "subclass" in why[0] else closest(value.rpartition(".")[2], classes)
         return f"{key[1]}={value!r}: {why[0]}{hint}"
+    several = re.search(r"to avoid ambiguity: (.*)\.$", message, re.MULTILINE)
+    if several:
+        return f"{key[1]}={value!r} is the name of several classes: give {several[1].replace(', ', ' or ')}"
     names = [name for listed in re.findall(r"Literal\[(.*?)\]", message) for name in ast.literal_eval(f"[{listed}]")]
     allowed = [*map(repr, dict.fromkeys(names))]
     known = [*map(str, names)]

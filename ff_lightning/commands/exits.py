@@ -56,7 +56,7 @@ def main(args: Sequence[str]) -> None:
         raise ValueError(f"out={str(settings.out)!r} needs matplotlib: pip install 'ff-lightning[plot]'")
     net: Any = load(settings.ckpt_path).network
     net = getattr(net, "net", net)
-    data = _data(settings.ckpt_path, {"root": settings.root} if settings.root else {})
+    data = data_of(settings.ckpt_path, {"root": settings.root} if settings.root else {})
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
@@ -106,7 +106,7 @@ def curve(net: LocalNet, val: Iterable[Any], test: Iterable[Any], rules: Sequenc
     return points
 
 
-def _data(path: str, changes: dict[str, Any]) -> LightningDataModule:
+def data_of(path: str, changes: dict[str, Any]) -> LightningDataModule:
     """The data module that a checkpoint names."""
     stored = dict(read_checkpoint(path).get("datamodule_hyper_parameters", {}))
     if "_class_path" not in stored:

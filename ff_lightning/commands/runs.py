@@ -120,12 +120,18 @@ def _check_settings(settings: str, folder: Path) -> None:
     for there in sorted(folder.parent.glob(f"*/{SETTINGS}")):
         start = 0 if there.parent.name.rpartition("-")[0] == folder.name.rpartition("-")[0] else -1
         try:
-            old, new = (text.splitlines()[start:] for text in (there.read_text(), settings))
+            old, new = (_without_comments(text)[start:] for text in (there.read_text(), settings))
         except FileNotFoundError:  # another process has just finished it
             continue
         if old != new:
             difference = "\n".join(unified_diff(old, new, str(there), "now", n=0, lineterm=""))
             sys.exit(f"would be run with other settings than those that are there; give other --runs:\n{difference}")
+
+
+def _without_comments(settings: str) -> list[str]:
+    """The lines of settings that decide; the last one is what the command was given."""
+    *of_config, given = settings.splitlines()
+    return [*(line for line in of_config if line.strip() and not line.startswith("#")), given]
 
 
 def _make(

@@ -21,7 +21,7 @@ ff-lightning: train any network block by block, each block on its own loss, insi
   ff-lightning init                                  write config.yaml, a config to start from
   ff-lightning predict --ckpt_path X --data.root F   the classes of the images in folder F, as predictions.csv
 
-Commands: fit, validate, test, predict, exits, export, sheet, init. Each has --help;
+Commands: fit, validate, test, predict, exits, export, probe, sheet, init. Each has --help;
 ff-lightning --help lists global options.
 """
 

@@ -1,9 +1,10 @@
-"""Texts of a table or of txt files, as token ids (T,) with a mask.
+"""Texts of a table or of txt files, as token ids (T,) with a mask, or as vectors (F,).
 
 Shapes: N texts, T tokens of a text, B batch.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from ff_lightning.data.columns import targets_of
 from ff_lightning.data.listing import class_files
-from ff_lightning.data.loaders import Split
+from ff_lightning.data.loaders import Split, as_it_is
+from ff_lightning.data.lsa import LSAEncoder
 from ff_lightning.data.memory import FileData, Samples
 from ff_lightning.data.records import read_records, read_text
 from ff_lightning.losses import IGNORED
@@ -21,7 +23,8 @@ from ff_lightning.training.plain import to_plain
 from ff_lightning.util.arguments import check_choice, check_delimiter, check_whole, shown
 from ff_lightning.util.files import printable
 
-Level = Literal["word", "byte"]
+Tokens = Literal["word", "byte"]
+Level = Literal["word", "byte", "lsa"]
 TextTask = Literal["classification", "multilabel", "regression", "nexttoken"]
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 """The tokens 0 and 1."""
@@ -43,7 +46,7 @@ class TextEncoder:
 
     statistics = None
 
-    def __init__(self, level: Level, vocabulary: int, length: int) -> None:
+    def __init__(self, level: Tokens, vocabulary: int, length: int) -> None:
         self.input_shape = (length,)
         self.level, self.vocabulary = level, vocabulary
         self.tokenizer = _make_tokenizer(level)
@@ -72,8 +75,13 @@ class TextEncoder:
                 found[row, : len(encoding.ids)] = encoding.ids
         return torch.from_numpy(found)
 
+    def to_str(self) -> str:
+        """The tokenizer, as the text of its file."""
+        text: str = self.tokenizer.to_str()
+        return text
 
-def _make_tokenizer(level: Level) -> Any:
+
+def _make_tokenizer(level: Tokens) -> Any:
     """A tokenizer without a vocabulary."""
     try:
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -104,14 +112,15 @@ class Text(FileData):
         task: Also ``"nexttoken"``: targets are the ids themselves, int64 (B, T), -100 behind the text; there is no
             `target`, and classes are the tokens.
         level: ``"word"``: words and punctuation, in small letters. ``"byte"``: byte-pair encoding, which knows no
-            unknown words and keeps capitals.
+            unknown words and keeps capitals. ``"lsa"``: no tokens, but a vector, float32 (B, `length`): the strongest
+            directions (truncated SVD) of the words' TF-IDF, standardised; see `ff_lightning.data.lsa`.
         vocabulary: Most different tokens: the most frequent ones, 0 for padding and 1 for unknown words.
-        length: T, tokens of a text.
+        length: T, tokens of a text; of ``"lsa"`` the numbers of its vector.
         delimiter: Between the values of a line; None: a comma, in a file that ends in .tsv a tab.
         kwargs: val, test, test_fraction, task, batch_size, val_fraction, seed, ...; see `FileData` and `DataModule`.
 
     Attributes:
-        vocabulary: Number of different ids.
+        vocabulary: Number of different ids; None where texts are vectors.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -134,16 +143,21 @@ class Text(FileData):
         **kwargs: Any,
     ) -> None:
         target, vocabulary, length = to_plain((target, vocabulary, length))
-        check_choice("level", level, ["word", "byte"])
-        check_whole("vocabulary", vocabulary, least=3 if level == "word" else 258)  # all bytes and two more
+        check_choice("level", level, get_args(Level))
+        if level == "lsa" and task == "nexttoken":
+            raise ValueError("level='lsa' makes vectors, which have no next token: give task='classification'")
+        check_whole("vocabulary", vocabulary, least=258 if level == "byte" else 3)  # all bytes and two more
         check_whole("length", length)
         check_delimiter(delimiter)
         self.text, self.target, self.delimiter = text, target, delimiter
-        self._encoder = TextEncoder(level, vocabulary, length)
+        self.level = level
+        make: Any = LSAEncoder if level == "lsa" else partial(TextEncoder, level)
+        self._encoder = make(vocabulary, length)
         super().__init__(train=train, task=cast(Any, task), **kwargs)
-        self.vocabulary = self._encoder.tokenizer.get_vocab_size()
+        if level != "lsa":
+            self.vocabulary = self._encoder.tokenizer.get_vocab_size()
         if task == "nexttoken":
-            self.class_names = [self._encoder.tokenizer.id_to_token(number) for number in range(self.vocabulary)]
+            self.class_names = [self._encoder.tokenizer.id_to_token(number) for number in range(self.vocabulary or 0)]
 
     def read_file(self, path: str) -> Samples:
         """All texts of a file or folder."""
@@ -162,17 +176,19 @@ class Text(FileData):
                 raise ValueError(f"{samples.place(row)}: there is no text, it is {shown(text)}")
         return samples
 
-    def make_encoder(self) -> TextEncoder:
-        """Of words or bytes."""
+    def make_encoder(self) -> Any:
+        """A `TextEncoder` or an `LSAEncoder`."""
         return self._encoder
 
-    def finish(self, split: Split) -> Callable[[tuple[Tensor, Tensor]], tuple[dict[str, Tensor], Tensor]]:
+    def finish(self, split: Split) -> Callable[[Any], Any]:
         """What makes the dict of a batch, and targets of its ids where the task wants them."""
+        if self.level == "lsa":
+            return as_it_is
         return with_next_tokens if self.task == "nexttoken" else with_mask
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: also the tokenizer, as the text of its file."""
-        return {**super().state_dict(), "tokenizer": self._encoder.tokenizer.to_str()}
+        """What a checkpoint keeps: also the tokenizer, as the text of its file, or the words of the vectors."""
+        return {**super().state_dict(), "tokenizer": self._encoder.to_str()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with a run, or test what it trained.
@@ -181,7 +197,7 @@ class Text(FileData):
             ValueError: If its vocabulary was another one.
         """
         super().load_state_dict(state_dict)
-        if state_dict["tokenizer"] != self._encoder.tokenizer.to_str():
+        if state_dict["tokenizer"] != self._encoder.to_str():
             raise ValueError(
                 f"the model was trained on token ids of another vocabulary than that of the training split of "
                 f"{self.paths['train']!r}: give the same file, level, vocabulary, length, seed and subset"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ff_lightning.heads.layers import convolution
 from ff_lightning.heads.pooled import PooledHead
@@ -26,8 +25,8 @@ class LookAhead(nn.Module):
 
     Of the blocks that follow, those that change the shape of the features are copied, the next ones first. The copies
     have weights of their own, drawn anew, and are trained with the block; no gradient crosses a border. Blocks behind
-    which fewer of them follow have fewer copies, and the last ones a `PooledHead` alone. What enters a copy is
-    normalised over all features of a sample, and passes a 1x1 convolution where it has other channels.
+    which fewer of them follow have fewer copies, and the last ones a `PooledHead` alone. What enters a copy passes a
+    1x1 convolution where it has other channels. No norm stands between the copies: it would keep one more map.
 
     The auxiliary networks of Ma et al. take their layers evenly from all that follows; these here take the next ones,
     which need no adapters.
@@ -102,7 +101,7 @@ class _Copy(nn.Module):
         self.blocks = nn.ModuleList(_fresh(block, width) for block in segment.blocks)
 
     def forward(self, features: Tensor) -> Tensor:
-        state: State = self.adapter(F.group_norm(features, 1)).movedim(1, self.channel_dim)
+        state: State = self.adapter(features).movedim(1, self.channel_dim)
         for block in self.blocks:
             state = block(state)
         return cast(Block, self.blocks[-1]).to_map(main_output(state))

@@ -74,7 +74,7 @@ class PFFLayer(nn.Module):
         """What the units of a group take from each other and give to themselves, (B, N) -> (B, N)."""
         groups = self.lateral.shape[1]
         weights = self.lateral.relu() * (1 - 2 * torch.eye(groups, device=state.device))
-        return torch.einsum("bgi,gij->bgj", state.view(len(state), -1, groups), weights).flatten(1)
+        return torch.einsum("bgi,gij->bgj", state.unflatten(1, (-1, groups)), weights).flatten(1)
 
 
 class PFFNet(nn.Module):
@@ -197,8 +197,9 @@ class PFFNet(nn.Module):
 
         As in the authors' code the mean over two steps in the middle of the settling.
         """
-        x = self.scaled(x).repeat_interleave(self.num_classes, 0)
-        labels = torch.eye(self.num_classes, device=x.device, dtype=x.dtype).repeat(len(x) // self.num_classes, 1)
+        x = self.scaled(x)
+        labels = torch.eye(self.num_classes, device=x.device, dtype=x.dtype).repeat(x.shape[0], 1)
+        x = x.repeat_interleave(self.num_classes, 0)
         states, seen = self.start(x), []
         for _ in range(self.steps // 2 + 1):
             states = self.step(states, x, labels)

@@ -5,6 +5,7 @@ from ff_lightning.modules.base import LocalLearner
 from ff_lightning.modules.cwc import CwC
 from ff_lightning.modules.ff import FF
 from ff_lightning.modules.pff import PFF
+from ff_lightning.modules.scff import SCFF
 from ff_lightning.modules.sff import SFF
 
-__all__ = ["FF", "PFF", "SFF", "Backprop", "CwC", "LocalLearner"]
+__all__ = ["FF", "PFF", "SCFF", "SFF", "Backprop", "CwC", "LocalLearner"]

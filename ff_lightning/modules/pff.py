@@ -45,7 +45,7 @@ class PFF(LocalLearner):
         optimizer: None: Adam, fused.
         lr: Learning rate of both circuits; None: the one of `optimizer`, or 2.5e-4 for the default.
         lr_scheduler: See `LocalLearner`.
-        clip_value: See `LocalLearner`.
+        clip_value: Largest size of each single gradient; None: 1, as in the authors' code, unless clip_norm is given.
         kwargs: How it is trained: clip_norm, ...; see `LocalLearner`.
 
     Raises:
@@ -69,14 +69,14 @@ class PFF(LocalLearner):
         optimizer: OptimizerCallable | None = None,
         lr: float | None = None,
         lr_scheduler: Schedule | LRSchedulerCallable = "constant",
-        clip_value: float | None = 1.0,
+        clip_value: float | None = None,
         **kwargs: Any,
     ) -> None:
         if optimizer is None:
             optimizer, lr = partial(torch.optim.Adam, fused=True), 2.5e-4 if lr is None else lr
         super().__init__(
             num_classes=num_classes, input_shape=input_shape, optimizer=optimizer, lr=lr, lr_scheduler=lr_scheduler,
-            clip_value=clip_value, **kwargs,
+            clip_value=1.0 if clip_value is None and kwargs.get("clip_norm") is None else clip_value, **kwargs,
         )  # fmt: skip
         if self.accumulate > 1 or self.automatic_optimization:
             asked = f"accumulate={self.accumulate}" if self.accumulate > 1 else "optimization='automatic'"
@@ -112,7 +112,7 @@ class PFF(LocalLearner):
         return scores[:-1].mean(0)
 
     def representation(self, *inputs: Any) -> Tensor:
-        """The states of all layers before the first step, each with mean square 1: (B, sum of units)."""
+        """The start states of all layers, each with mean square 1: (B, sum of units)."""
         return self.net.representation(*inputs)
 
     def reconstruct(self, x: Tensor) -> Tensor:

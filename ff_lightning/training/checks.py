@@ -164,10 +164,10 @@ def check_unfrozen(optimizer: Any, processes: int) -> None:
         )
 
 
-def check_data(num_classes: int, input_shape: tuple[int, ...], vocabulary: int | None, data: Any) -> None:
+def check_data(num_classes: int | None, input_shape: tuple[int, ...], vocabulary: int | None, data: Any) -> None:
     """Raise ValueError if a data module has other classes than the model, another number of channels, or other ids."""
     classes, shape = getattr(data, "num_classes", None), getattr(data, "input_shape", None)
-    if classes not in (None, num_classes):
+    if num_classes is not None and classes not in (None, num_classes):
         raise ValueError(f"num_classes={num_classes} of the model, but {type(data).__name__} has {classes} classes")
     ids = getattr(data, "vocabulary", None)
     if ids != vocabulary and hasattr(data, "vocabulary"):

@@ -8,6 +8,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ff_lightning import __version__
+from ff_lightning.tasks import Unlabelled
 from ff_lightning.training import checks, matching, resume
 from ff_lightning.training.checkpoint_io import WholeCheckpointIO
 from ff_lightning.training.kept import kept
@@ -49,7 +50,8 @@ class Resumable(Reporting):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeCheckpointIO()
         data = getattr(self.trainer, "datamodule", None)
-        checks.check_data(self.num_classes, self.input_shape, self.vocabulary, data)
+        classes = None if isinstance(self.task, Unlabelled) else self.num_classes  # else they are not looked at
+        checks.check_data(classes, self.input_shape, self.vocabulary, data)
         self._data = matching.describe_data(data)
         if self.trainer.ckpt_path is None:  # else a checkpoint says what the weights were trained on
             matching.check_same_data(self.trained_on, self._data, strict=stage != "fit")

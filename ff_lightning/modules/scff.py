@@ -1,0 +1,150 @@
+"""Self-contrastive Forward-Forward."""
+
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import partial
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable
+from torch import Tensor
+
+from ff_lightning.local.contrast import ContrastNet, convolutional_layers, dense_layers, for_each
+from ff_lightning.local.updates import Update
+from ff_lightning.modules.base import LocalLearner
+from ff_lightning.training.plain import to_plain
+from ff_lightning.training.schedules import Schedule
+from ff_lightning.util.arguments import check_number, check_whole, shown
+
+
+class SCFF(LocalLearner):
+    """Self-contrastive Forward-Forward: each layer tells a sample beside itself from one beside another, no labels.
+
+    Labels of the data are not looked at. What is learnt is judged by a linear read-out of `representation`: beside the
+    run by `ff_lightning.callbacks.OnlineProbe`, after it by ``ff-lightning probe``; `Trainer.predict` gives it.
+
+    Source: Chen et al., Self-Contrastive Forward-Forward Algorithm, arXiv 2409.11593. Where paper and code disagree:
+    docs/methods/scff.md.
+
+    Args:
+        widths: Units of each layer of a dense network; None: 1000, 1000, unless there are `channels`.
+        channels: Channels of each layer of a convolutional network.
+        kernels: Sides of the kernels: one for all layers or a list, as for what follows.
+        pools: Behind a convolution: ``"max4"``, the largest of 4 x 4 positions at every second one, ``"avg2"``, ..., or
+            ``"none"``.
+        readout_pools: Sides of the squares over which a read-out sees the mean.
+        num_classes: K, for probes. The command line takes it from the data.
+        input_shape: Of a sample; None: (3, 32, 32). The command line takes it from the data.
+        thresholds: Of each layer two, for the goodness of positive and of negative pairs: the mean over the channels of
+            their squares, where they are above 0. None: 4 and 6 for a layer that sees pairs, 1 and 1 for others.
+        lam: Weight of the norm of the goodness of positive pairs.
+        pairs: Whether a layer sees pairs, or single maps that the layer below makes of pairs; the first one sees pairs.
+            None: the first one alone.
+        views: Of a positive pair: ``"same"``, a sample twice; ``"shifts"``, an image that is moved by up to 2 pixels,
+            twice.
+        activation: What the next layer sees: ``"triangle"``, what is above the mean of the channels, or ``"relu"``.
+        epochs: Epochs of each layer, one after the other, those below being frozen; the last one trains to the end of
+            the run. None: all layers train all the time.
+        lr: Learning rate, one or a list; also of an optimizer that is given.
+        weight_decay: One or a list; also of an optimizer that is given.
+        lr_scheduler: See `LocalLearner`. With `epochs`: ``"constant"``, or a class, which counts what its layer trains.
+        kwargs: How it is trained: optimizer, clip_norm, ...; see `LocalLearner`. The task is always ``"Unlabelled"``.
+
+    Raises:
+        ValueError: If an argument is out of its range, or a list has another length than there are layers.
+    """
+
+    def __init__(
+        self,
+        widths: list[int] | None = None,
+        channels: list[int] | None = None,
+        kernels: list[int] | int = 3,  # lists first: the command line takes the first type that fits
+        pools: list[str] | str = "max2",
+        readout_pools: list[int] | int = 1,
+        num_classes: int | None = None,
+        input_shape: tuple[int, ...] | None = None,
+        thresholds: list[list[float]] | None = None,
+        lam: list[float] | float = 0.0,
+        pairs: list[bool] | None = None,
+        views: Literal["same", "shifts"] = "same",
+        activation: Literal["triangle", "relu"] = "triangle",
+        epochs: list[int] | None = None,
+        lr: list[float] | float = 0.003,
+        weight_decay: list[float] | float = 1e-4,
+        lr_scheduler: Schedule | LRSchedulerCallable = "constant",
+        **kwargs: Any,
+    ) -> None:
+        widths, channels, kernels, pools = to_plain((widths, channels, kernels, pools))
+        readout_pools, thresholds, lam, pairs = to_plain((readout_pools, thresholds, lam, pairs))
+        epochs, lr, weight_decay = to_plain((epochs, lr, weight_decay))
+        if widths is not None and channels is not None:
+            raise ValueError(f"widths={shown(widths)} and channels={shown(channels)}: give one of them")
+        count = len(channels or widths or [1000, 1000])
+        rates = for_each("lr", lr, count, partial(check_number, above=0))
+        super().__init__(
+            num_classes=num_classes, input_shape=input_shape, lr=rates[0], lr_scheduler=lr_scheduler,
+            **{**kwargs, "task": "Unlabelled"},
+        )  # fmt: skip
+        self.rates = rates
+        self.decays = for_each("weight_decay", weight_decay, count, partial(check_number, least=0))
+        if not channels:
+            layers = dense_layers(torch.Size(self.input_shape).numel(), widths or [1000, 1000], activation)
+        else:
+            layers = convolutional_layers(self.input_shape[0], channels, kernels, pools, readout_pools, activation)
+        self.net = ContrastNet(layers, self.input_shape, thresholds, lam, pairs, views)
+        self.epochs = None if epochs is None else for_each("epochs", epochs, count, check_whole)
+        if epochs is not None and lr_scheduler in ("cosine", "onecycle"):
+            raise ValueError(
+                f"lr_scheduler={lr_scheduler!r} lasts for the whole run, and `epochs` gives each layer a part of it: "
+                "give 'constant', or a class and lr_interval='step'"
+            )
+        self.set_units({f"layer{k}": [layer] for k, layer in enumerate(layers)})
+
+    def local_updates(self, batch: Any) -> Iterator[Update]:
+        """The updates of the layers that are trained, from the input on."""
+        (x,), _ = self.inputs_and_target(batch)
+        if self.epochs is not None:
+            turn = bisect_right(list(accumulate(self.epochs)), self.current_epoch)
+            self.net.trained = frozenset([min(turn, len(self.epochs) - 1)])
+        for k, loss in self.net.local_losses(x):
+            yield Update((k,), loss, (loss.detach(),))
+
+    def representation(self, *inputs: Any) -> Tensor:
+        """What a read-out sees of all layers: pooled and standardised, (B, D)."""
+        return self.net.representation(*inputs)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The representation, (B, D)."""
+        inputs, _ = self.inputs_and_target(batch, training=False, look=False)
+        return self.representation(*inputs)
+
+    def setup(self, stage: str) -> None:
+        """Say so if the run ends before each layer has had its turn."""
+        super().setup(stage)
+        planned, given = sum(self.epochs or ()), self.trainer.max_epochs
+        if stage == "fit" and given not in (None, -1) and given < planned:
+            warnings.warn(f"epochs={self.epochs}: a run of {given} epochs, and not {planned}, leaves layers untrained",
+                          stacklevel=1)  # fmt: skip
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """One mini-batch; a single sample that is left for the last one has no other beside it, and changes nothing."""
+        if not self._is_left_over(batch, batch_idx):
+            return super().training_step(batch, batch_idx)
+        if not self.automatic_optimization and self._is_last_of_window(batch_idx):
+            self.stepper.take(tuple(self.net.trained))  # what an accumulation has gathered
+            self.stepper.finish()
+        return None
+
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
+        if not self._is_left_over(batch, batch_idx):
+            super()._evaluate(batch, batch_idx, stage)
+
+    def _is_left_over(self, batch: Any, batch_idx: int) -> bool:
+        inputs, _ = self.split(batch)
+        return batch_idx > 0 and len(inputs[0]) == 1
+
+    def _rate_of(self, k: int) -> dict[str, float]:
+        rate = super()._rate_of(k)["lr"] * self.rates[k] / self.rates[0]
+        return {"lr": rate, "weight_decay": self.decays[k]}
