@@ -11,6 +11,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 def first_look(names):
     assert set(names["results"]) == {"SFF", "Backprop"}
     assert names["local"].peak < names["whole"].peak
+    assert (names["goodness"].amax(0) > 0.2).sum() > 1, "the map is more than one column"
 
 
 CLAIMS = {"first_look": first_look}
