@@ -45,7 +45,9 @@ CASES = {
     "Backprop": Case(
         lambda: {"backbone": small_net()}, lambda: {"backbone": small_net(norm=False)}, "backprop/digits_cnn", 90, 3
     ),
-    "CwC": Case(lambda: {"backbone": cfse(10, 1, (20, 40, 40))}, None, "cwc/digits", 90, 4),
+    "CwC": Case(
+        lambda: {"backbone": cfse(10, 1, (20, 40, 40)), "windows": [[0, 1], [0, 2], [1, 2]]}, None, "cwc/digits", 90, 4
+    ),
     "FF": Case(
         lambda: {"widths": [30, 30]},
         lambda: {"widths": [30, 30], "negatives": next_label, "peer": 0.0},

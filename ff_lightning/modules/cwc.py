@@ -91,13 +91,6 @@ class CwC(LocalLearner):
         self.readout_lr = readout_lr
         self.set_units({**self.net.units(), "readout": [self.readout]})
 
-    def on_train_epoch_start(self) -> None:
-        """Give the turn to the blocks whose time it is."""
-        super().on_train_epoch_start()
-        if self.windows is not None:
-            epoch = self.current_epoch
-            self.net.trained = frozenset(k for k, (first, end) in enumerate(self.windows) if first <= epoch < end)
-
     def on_train_end(self) -> None:
         """All blocks are trained by a further run, unless it has windows too."""
         self.net.train_only(None)
@@ -105,6 +98,9 @@ class CwC(LocalLearner):
     def local_updates(self, batch: Any) -> Iterator[Update]:
         """The updates of the blocks that are trained, from the input on, and that of the read-out."""
         inputs, target = self.inputs_and_target(batch)
+        if self.windows is not None:
+            epoch = self.current_epoch
+            self.net.trained = frozenset(k for k, (first, end) in enumerate(self.windows) if first <= epoch < end)
         loss = self.criterion(self.readout(self._last_features(*inputs)), target)  # of the weights before any step
         if self.net.trained:
             yield from self.net.updates(inputs, target, scaler=self.scaler)
