@@ -293,3 +293,10 @@ def test_a_model_brings_its_own_defaults_on_the_command_line(capsys):
             main(["fit", "--model", name, "--print_config"])
         printed = capsys.readouterr().out
         assert all(line in printed for line in expected)
+
+
+def test_hybrids_pass_over_a_single_image_that_an_epoch_ends_with(make_trainer):
+    images = DataLoader(TensorDataset(torch.rand(9, 1, 8, 8), torch.arange(9)), batch_size=4)
+    trainer = make_trainer(max_epochs=1, limit_train_batches=1.0)
+    trainer.fit(FF(widths=[10, 10], negatives="hybrid", **SHAPE), images)
+    assert trainer.global_step == 3, "batches"

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch.nn import functional as F
 
 import ff_lightning
@@ -251,3 +252,23 @@ def test_the_config_learns(tmp_path, monkeypatch):
     drawn = torch.cat([model.sample(20, label=k) for k in range(10)])
     answers = model.net.readout_scores(drawn).argmax(1)
     assert (answers == torch.arange(10).repeat_interleave(20)).float().mean() > 0.4, "samples look like their class"
+
+
+def test_in_float16_each_update_is_unscaled_by_the_scale_of_its_backward(make_trainer, digits):
+    ends = []
+    for interval in (1, 10**9):  # a scale that is doubled after every step, and one that stays
+        torch.manual_seed(0)
+        model = PFF([20, 20], **SHAPE, steps=3, noise=0.0, optimizer=torch.optim.SGD, lr=0.01, clip_value=None)
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=interval)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        make_trainer(max_epochs=1, limit_train_batches=1, plugins=plugin).fit(model, digits)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    for one, two in zip(*ends, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
+def test_a_fit_after_a_validation(make_trainer, digits):
+    model, trainer = PFF([20, 20], **SHAPE, steps=2), make_trainer(max_epochs=1)
+    trainer.validate(model, digits, verbose=False)
+    trainer.fit(model, digits)
+    assert 0 < trainer.callback_metrics["val/reconstruction"] < 2

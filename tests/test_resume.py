@@ -1,6 +1,7 @@
 """A run that was interrupted ends in the weights of the run that was not."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -246,3 +247,18 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     with pytest.raises(OSError, match="no space left"):
         WholeCheckpointIO().save_checkpoint({"epoch": 2, "weights": torch.zeros(1000), "broken": Broken()}, path)
     assert WholeCheckpointIO().load_checkpoint(path) == {"epoch": 1}
+
+
+def test_schedules_of_epochs_go_on_from_every_batch(make_trainer, tmp_path):
+    def run(ckpt_path=None, callbacks=()):
+        model = make(lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5), lr_interval="epoch")
+        fit(make_trainer, model, ckpt_path, callbacks, max_epochs=3, limit_train_batches=2)
+        return model
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.save_checkpoint(tmp_path / f"{trainer.fit_loop.epoch_loop.total_batch_idx + 1}.ckpt")
+
+    whole = run(callbacks=[Save()])
+    for batches in (1, 2, 4):  # in mid-epoch, and after the last batch of two epochs
+        assert_same(whole, run(tmp_path / f"{batches}.ckpt"))

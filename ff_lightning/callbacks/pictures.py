@@ -79,7 +79,9 @@ class Pictures(Callback):
             every = torch.cat([scores, learner.vote(scores)[None]]).float().cpu()  # (U + 1, B, K)
         target = target.cpu()
         counted = (target >= 0) & (target != learner.task.ignore_index)
-        every, target, images = every[:, counted], target[counted], inputs[0].cpu()[counted]
+        every, target = every[:, counted], target[counted]
+        is_image = isinstance(inputs[0], Tensor) and inputs[0].ndim == 4
+        images = inputs[0].float().cpu()[counted] if is_image else None
         true = target.expand(len(every), -1)[..., None]
         pairs = torch.stack([every.gather(2, true)[..., 0], every.scatter(2, true, -math.inf).amax(2)], 2)
         answers = every[-1].argmax(1)
@@ -89,7 +91,7 @@ class Pictures(Callback):
         ).reshape_as(self.confusion)
         margins = pairs[-1, :, 1] - pairs[-1, :, 0]
         for i in margins.topk(min(MISTAKES, len(margins))).indices.tolist():
-            if answers[i] != target[i]:
+            if images is not None and answers[i] != target[i]:
                 self.worst.append((margins[i].item(), int(target[i]), int(answers[i]), images[i]))
         self.worst = sorted(self.worst, key=lambda one: -one[0])[:MISTAKES]
 
@@ -104,7 +106,7 @@ class Pictures(Callback):
             "goodness": draw_goodness(pairs, units),
             "blocks": draw_accuracies((pairs[..., 0] > pairs[..., 1]).float().mean(1), units),
         }
-        if self.worst and self.worst[0][3].ndim == 3 and len(self.worst[0][3]) in (1, 3):
+        if self.worst and len(self.worst[0][3]) in (1, 3):
             figures["mistakes"] = draw_mistakes(self.worst, names, getattr(data, "statistics", None))
         for name, figure in figures.items():
             figure.savefig(self.folder / f"{name}.{self.ending}", dpi=120)

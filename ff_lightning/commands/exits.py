@@ -87,6 +87,8 @@ def curve(net: LocalNet, val: Iterable[Any], test: Iterable[Any], rules: Sequenc
     for one in exiting:
         one.calibrate(calibration)
     samples = list(test)
+    if any(y.ndim != 1 or y.is_floating_point() for _, y in samples):
+        raise ValueError("exits counts wrong classes: it needs a model of the task Classification")
     costs = torch.tensor(multiply_adds(net, samples[0][0][:8]))
     wrong = torch.zeros(len(costs))
     with torch.no_grad():

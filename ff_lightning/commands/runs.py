@@ -160,7 +160,8 @@ def _make(
     facts = facts_of(read_checkpoint(str(last)), str(last))
     judged_by = [name.rpartition("/")[2] for name in facts.figures]
     if facts.task.lower() in TASKS:
-        judged_by += TASKS[facts.task.lower()].metrics
+        task = TASKS[facts.task.lower()]
+        judged_by += [task.monitor[0].rpartition("/")[2], *task.metrics]
     record = {
         "figures": _logged(part),
         "shown": list(dict.fromkeys(judged_by)),

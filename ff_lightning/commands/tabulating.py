@@ -54,7 +54,7 @@ def table(runs: Sequence[Run], stage: str, methods: Sequence[str] | None = None,
                 pairs = [_difference(figure, values[method], values[baseline], seeds) for method in compared]
                 unit = f"{figure}, %" if _in_percent(figure) else figure
                 rows.append([f"`{recipe}`", unit, _listed(seeds), *cells, *pairs])
-                published = {run.method: run.published for run in group if run.published and figure == run.shown[0]}
+                published = {run.method: run.published for run in group if run.published and figure in run.shown[:1]}
                 rows[-1].append(", ".join(f"{method}: {text}" for method, text in published.items()) or "-")
     head = ["recipe", "figure", "seeds", *methods, *(f"{method} - {baseline}" for method in compared), "published"]
     if all(row[-1] == "-" for row in rows):
@@ -181,5 +181,6 @@ def plot(runs: Sequence[Run], stage: str, path: Path) -> None:
 
 def _blocks(run: Run, stage: str) -> list[str]:
     """Names of the first figure that a task is judged by, of each block; none where the network is one block."""
-    names = [name for name in run.of_stage(stage) if re.fullmatch(rf"block\d+_{run.shown[0]}", name)]
+    figure = "|".join(run.shown[:1])
+    names = [name for name in run.of_stage(stage) if re.fullmatch(rf"block\d+_{figure}", name)]
     return names if len(names) > 1 else []

@@ -37,13 +37,13 @@ class LSAEncoder:
         """Learn words, directions and statistics.
 
         Raises:
-            ValueError: If there are fewer words than directions.
+            ValueError: If there are fewer words or texts than directions.
         """
         counts = self.words.fit_transform(samples.inputs)
-        if counts.shape[1] < self.input_shape[0]:
+        if min(counts.shape) < self.input_shape[0]:
             raise ValueError(
                 f"length={self.input_shape[0]}: the {counts.shape[0]} texts for training have {counts.shape[1]} words, "
-                "level='lsa' makes no more numbers than that"
+                "level='lsa' makes no more numbers than there are of either"
             )
         self.scaler.fit(self.directions.fit_transform(counts))
 

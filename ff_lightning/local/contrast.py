@@ -193,7 +193,8 @@ class ContrastNet(nn.Module):
             layer = layers[k]
             with torch.set_grad_enabled(torch.is_grad_enabled() and k in wanted):
                 if self.pairs[k]:
-                    another = other.roll(int(torch.randint(1, len(x), ())), 0)
+                    shift = int(torch.randint(1, len(x), ())) if self.training else 1  # figures do not hang on a draw
+                    another = other.roll(shift, 0)
                     plus, minus = layer.of_pairs(positive, other), layer.of_pairs(positive, another)
                 else:
                     plus, minus = layer(positive), layer(negative)

@@ -176,4 +176,8 @@ def multiply_adds(net: LocalNet, x: Tensor) -> list[float]:
 
 
 def _inputs(batch: Any) -> Tensor:
-    return batch[0] if isinstance(batch, list | tuple) else batch
+    inputs = batch[0] if isinstance(batch, list | tuple) else batch
+    if not isinstance(inputs, Tensor):
+        kind = type(inputs).__name__
+        raise ValueError(f"early exit takes networks with one tensor as input, this batch holds a {kind}")
+    return inputs

@@ -88,6 +88,9 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
     """Whether, on several processes, a unit may step while the next update is computed: only where no update needs the
     step of the one before, so that each unit comes once in a batch."""
 
+    sets_samples_beside_others = False
+    """Whether an update needs two samples: a single one that an epoch ends with is then passed over."""
+
     def __init__(
         self,
         num_classes: int | None = None,
@@ -212,11 +215,16 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One mini-batch through all units; the next one starts when this one has taken its step."""
+        if self.sets_samples_beside_others and self._is_left_over(batch, batch_idx):
+            self._pass_over(batch_idx)
+            return None
         updates = self.local_updates(batch)
         if self.automatic_optimization:
             return self._deliver(updates)
         steps = self.stepper if self._is_last_of_window(batch_idx) else None
         for update in updates:
+            if steps:
+                steps.begin(update.units)
             with self._without_ddp_hooks():
                 self.manual_backward(update.loss / self.accumulate)
             self.report(update)
@@ -226,6 +234,19 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
             steps.finish()
         self.end_of_batch()
         return None
+
+    def _is_left_over(self, batch: Any, batch_idx: int) -> bool:
+        """Whether a batch is the single sample that an epoch ends with."""
+        inputs, _ = self.split(batch)
+        return batch_idx > 0 and len(inputs[0]) == 1
+
+    def _pass_over(self, batch_idx: int) -> None:
+        """Count the batch, and step with what an accumulation has gathered before it."""
+        if self.automatic_optimization or not self._is_last_of_window(batch_idx):
+            return
+        if batch_idx % self.accumulate:
+            self.stepper.take(range(len(self.unit_names)))
+        self.stepper.finish()
 
     def _deliver(self, updates: Iterable[Update]) -> Tensor:
         """One loss for Lightning's loop; a network that is a single unit keeps its graph for it."""
@@ -260,9 +281,9 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
     def on_train_start(self) -> None:
         """Take up an interrupted run; a schedule that its checkpoint brought must be long enough for this run."""
         self.start_schedules()
-        self.take_up()
         if not self.automatic_optimization:
             self.stepper = Stepper(self, cast(Any, dist.new_group()) if self.trainer.world_size > 1 else None)
+        self.take_up()
 
     def unit_of(self, tensor: Tensor) -> int | None:
         """The number of the unit that a parameter or buffer belongs to."""

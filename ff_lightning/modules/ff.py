@@ -91,6 +91,7 @@ class FF(LocalLearner):
             num_classes=num_classes, input_shape=input_shape, optimizer=optimizer, lr=lr, lr_scheduler=lr_scheduler,
             **kwargs,
         )  # fmt: skip
+        self.sets_samples_beside_others = negatives == "hybrid"
         widths, theta, voters, readout_from = to_plain((widths, theta, voters, readout_from))
         check_number("readout_lr", readout_lr, above=0)
         check_number("readout_decay", readout_decay, least=0)

@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 from ff_lightning.local.pffnet import PFFNet
 from ff_lightning.local.updates import Update
@@ -92,7 +91,6 @@ class PFF(LocalLearner):
             steps, theta, alpha, noise, groups, label_gain, generative, sign,
         )  # fmt: skip
         self.readout_lr = readout_lr
-        self.reconstruction: Any = nn.ModuleDict({"val": MeanMetric(), "test": MeanMetric()})
         self.set_units({**self.net.units(), "readout": [self.net.readout]})
 
     def local_updates(self, batch: Any) -> Iterator[Update]:
@@ -142,9 +140,9 @@ class PFF(LocalLearner):
     def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
         super()._evaluate(batch, batch_idx, stage)
         if self.net.top is not None:
-            error, empty = self.net.reconstruction_error(self.split(batch)[0][0])
-            self.reconstruction[stage].update(error / empty, empty)
-            self.log(f"{stage}/reconstruction", self.reconstruction[stage])
+            x = self.split(batch)[0][0]
+            error, empty = self.net.reconstruction_error(x)
+            self.log(f"{stage}/reconstruction", error / empty, batch_size=len(x), sync_dist=True)
 
     def _rate_of(self, k: int) -> dict[str, float]:
         return {"lr": self.readout_lr} if k == len(self.net.layers) else super()._rate_of(k)

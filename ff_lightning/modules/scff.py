@@ -56,6 +56,8 @@ class SCFF(LocalLearner):
         ValueError: If an argument is out of its range, or a list has another length than there are layers.
     """
 
+    sets_samples_beside_others = True
+
     def __init__(
         self,
         widths: list[int] | None = None,
@@ -127,23 +129,6 @@ class SCFF(LocalLearner):
         if stage == "fit" and given not in (None, -1) and given < planned:
             warnings.warn(f"epochs={self.epochs}: a run of {given} epochs, and not {planned}, leaves layers untrained",
                           stacklevel=1)  # fmt: skip
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """One mini-batch; a single sample that is left for the last one has no other beside it, and changes nothing."""
-        if not self._is_left_over(batch, batch_idx):
-            return super().training_step(batch, batch_idx)
-        if not self.automatic_optimization and self._is_last_of_window(batch_idx):
-            self.stepper.take(tuple(self.net.trained))  # what an accumulation has gathered
-            self.stepper.finish()
-        return None
-
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
-        if not self._is_left_over(batch, batch_idx):
-            super()._evaluate(batch, batch_idx, stage)
-
-    def _is_left_over(self, batch: Any, batch_idx: int) -> bool:
-        inputs, _ = self.split(batch)
-        return batch_idx > 0 and len(inputs[0]) == 1
 
     def _rate_of(self, k: int) -> dict[str, float]:
         rate = super()._rate_of(k)["lr"] * self.rates[k] / self.rates[0]

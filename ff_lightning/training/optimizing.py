@@ -1,6 +1,6 @@
 """Optimizers, schedules and clipping: of each unit by itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -160,10 +160,13 @@ class Optimizing(KeepsHooks, LightningModule):
         """Report what is left of the epoch, and step the schedulers that count epochs."""
         if self.train_losses.update_called:
             self._log_losses()
-        if self.automatic_optimization:
-            return
+        if not self.automatic_optimization:
+            self.step_epoch_schedules(self.trainer.callback_metrics)
+
+    def step_epoch_schedules(self, logged: Mapping[str, Any]) -> None:
+        """Step the schedulers that count epochs, of the units that have stepped in this one; plateaus see `logged`."""
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         if schedulers and not self.schedulers_count_steps:
             for unit in sorted(self.stepper.stepped_in_epoch):
-                step_epoch_scheduler(schedulers[self.optimizer_of_unit[unit]], self.trainer.callback_metrics)
+                step_epoch_scheduler(schedulers[self.optimizer_of_unit[unit]], logged)
         self.stepper.stepped_in_epoch.clear()

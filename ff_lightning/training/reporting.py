@@ -37,6 +37,7 @@ class Reporting(KeepsHooks, LightningModule):
     unit_figures: Any
     named_metrics: Any
     local_updates: Any
+    _is_left_over: Any
     infinite_by_nature: frozenset[str] = frozenset()
     """Tensors of the network that were not finite before it was trained, such as masks of an attention."""
 
@@ -209,7 +210,8 @@ class Reporting(KeepsHooks, LightningModule):
         scores = self.scores(*inputs)
         self._has_scores = scores is not None
         if scores is None:
-            self._evaluate_losses(batch, stage)
+            if not (self.sets_samples_beside_others and self._is_left_over(batch, batch_idx)):
+                self._evaluate_losses(batch, stage)
             return
         losses = torch.stack([self.criterion(of_unit, target) for of_unit in scores])
         every = torch.cat([scores, self.vote(scores)[None]])

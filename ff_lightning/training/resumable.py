@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -32,6 +33,8 @@ class Resumable(Reporting):
     accumulate: int
     num_classes: int
     input_shape: tuple[int, ...]
+    stepper: Any = None
+    step_epoch_schedules: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,6 +114,9 @@ class Resumable(Reporting):
             },
             "version": __version__,
             "window": self._window,
+            "stepped_in_epoch": sorted(self.stepper.stepped_in_epoch) if fitting and self.stepper else [],
+            "at_last_batch": trainer.is_last_batch,
+            "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "frozen": [name for name, parameter in self.named_parameters() if not parameter.requires_grad],
             "random": resume.random_states(trainer.world_size),
             "gradients": resume.gradients(self, trainer.world_size) if in_window else {},
@@ -125,6 +131,15 @@ class Resumable(Reporting):
             resume.restore_position(self.trainer)
             resume.restore_random_state(interrupted["random"], self.trainer.global_rank)
             resume.restore_gradients(self, interrupted["gradients"])
+            self._take_up_epoch(interrupted)
+
+    def _take_up_epoch(self, interrupted: dict[str, Any]) -> None:
+        """Let schedules of epochs step as they would have: Lightning does not end an epoch whose last batch is done."""
+        if self.stepper:
+            self.stepper.stepped_in_epoch.update(interrupted.get("stepped_in_epoch", ()))
+            if interrupted.get("at_last_batch"):
+                with suppress(ValueError):  # a plateau's figure was not there yet: it waits for the next epoch
+                    self.step_epoch_schedules(interrupted["logged"])
 
     @property
     def _is_in_window(self) -> bool:

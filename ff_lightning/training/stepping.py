@@ -31,7 +31,16 @@ class Stepper:
         self.schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
         self.waiting: list[tuple[int, Averaging | None]] = []
         self.stepped: set[int] = set()
+        self.scaled: set[int] = set()  # that have stepped with the present scale of float16
         self.stepped_in_epoch: set[int] = set()
+
+    def begin(self, units: Sequence[int]) -> None:
+        """Before the backward of these units: renew the scale of float16 if one of them has stepped with it.
+
+        A scaler takes one step of an optimizer between two of its updates, and unscales by its present scale.
+        """
+        if self.scaler is not None and not self.scaled.isdisjoint(units):
+            self._renew_scale(self.scaler)
 
     def take(self, units: Sequence[int]) -> None:
         """The gradients of these units are complete: they step, or wait for the other processes."""
@@ -52,8 +61,8 @@ class Stepper:
                 self.schedulers[self.module.optimizer_of_unit[unit]].step()
         self.stepped_in_epoch |= self.stepped
         self.stepped.clear()
-        if self.scaler is not None:
-            self.scaler.update()
+        if self.scaler is not None and self.scaled:
+            self._renew_scale(self.scaler)
         count_step(self.module.trainer)
 
     def _step(self, unit: int, averaging: Averaging | None) -> None:
@@ -63,14 +72,17 @@ class Stepper:
         if self.scaler is None:
             self.module.trainer.strategy.optimizer_step(optimizer, closure=lambda: None)
         else:
-            if unit in self.stepped:  # a scaler takes one step of an optimizer between two of its updates
-                self.scaler.update()
             if not unscales_by_itself(optimizer):
                 self.scaler.unscale_(optimizer)
             before_step(self.module, optimizer)
             self.scaler.step(optimizer)
         optimizer.zero_grad()
         self.stepped.add(unit)
+        self.scaled.add(unit)
+
+    def _renew_scale(self, scaler: torch.amp.GradScaler) -> None:
+        scaler.update()
+        self.scaled.clear()
 
 
 def unscales_by_itself(optimizer: Optimizer) -> bool:
