@@ -22,7 +22,7 @@ from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint, P
 from ff_lightning.callbacks.table import LogShortEpochs
 from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
 from ff_lightning.commands.ckpt_path import find_checkpoint, find_root, read_checkpoint
-from ff_lightning.commands.composing import OF_ONE_SET, compose
+from ff_lightning.commands.composing import OF_ONE_SET, compose, names_data
 from ff_lightning.commands.exits import main as exits
 from ff_lightning.commands.export import main as export
 from ff_lightning.commands.predict import is_of_files
@@ -115,6 +115,8 @@ class CLI(LightningCLI):
         try:
             path = self._ckpt_path(first[subcommand])
             stored = {} if path is None else self._stored_in(path, first[subcommand])
+            if path is not None and subcommand != "fit" and "data" not in stored and not names_data(given):
+                raise ValueError(f"ckpt_path={path!r} names no data, no ff-lightning fit has written it: give --data")
         except ValueError as error:
             parser.error(str(error))
         chosen = {part: {"class_path": first[subcommand][part].class_path} for part in ("model", "data")}

@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ff_lightning import data
+from ff_lightning import SFF, data
 from ff_lightning.cli import main
 from tests.test_data import write_cifar
 
@@ -305,3 +305,12 @@ def test_a_value_that_contradicts_the_data_is_an_error(tmp_path, monkeypatch):
 def test_help_names_the_subcommands():
     printed = run("--help")
     assert all(name in printed for name in ("fit", "validate", "test", "predict"))
+
+
+def test_a_checkpoint_that_names_no_data_is_not_tested_on_others(make_trainer, tmp_path):
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(SFF(num_classes=10, input_shape=(1, 8, 8)), data.Digits(batch_size=16))
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    with pytest.raises(SystemExit, match=r"own.ckpt' names no data, .*: give --data"):
+        run("test", *QUICK, "--ckpt_path", tmp_path / "own.ckpt")
+    assert "test accuracy" in run("test", *QUICK, "--ckpt_path", tmp_path / "own.ckpt", "--data", "Digits")

@@ -50,6 +50,15 @@ def compose(args: Sequence[str]) -> list[str]:
     return args
 
 
+def names_data(args: Sequence[str]) -> bool:
+    """Whether a command line asks for a data set, by ``--data`` or in a config."""
+    for argument, following in zip(args, [*args[1:], ""], strict=True):
+        option, attached, value = argument.partition("=")
+        if option == "--data" or (option == "--config" and "data" in _content(value if attached else following)):
+            return True
+    return False
+
+
 def _same(one: str, other: str) -> bool:
     return one.rpartition(".")[2] == other.rpartition(".")[2]
 
