@@ -21,6 +21,7 @@ REAL_DATA = Path(os.environ.get("FF_DATA", "~/.cache/ff-data")).expanduser()
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.set_num_threads(1)  # small networks gain nothing from more, and lose much where cores are shared
+    torch.use_deterministic_algorithms(False)  # a Trainer that was asked for them leaves them on
     pl.seed_everything(0, verbose=False)
 
 
