@@ -2,7 +2,7 @@
 
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import accumulate
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch import Tensor
 from ff_lightning.local.contrast import ContrastNet, convolutional_layers, dense_layers, for_each
 from ff_lightning.local.updates import Update
 from ff_lightning.modules.base import LocalLearner
+from ff_lightning.tasks import Task, TaskName
 from ff_lightning.training.plain import to_plain
 from ff_lightning.training.schedules import Schedule
 from ff_lightning.util.arguments import check_number, check_whole, shown
@@ -50,7 +51,8 @@ class SCFF(LocalLearner):
         lr: Learning rate, one or a list; also of an optimizer that is given.
         weight_decay: One or a list; also of an optimizer that is given.
         lr_scheduler: See `LocalLearner`. With `epochs`: ``"constant"``, or a class, which counts what its layer trains.
-        kwargs: How it is trained: optimizer, clip_norm, ...; see `LocalLearner`. The task is always ``"Unlabelled"``.
+        task: That of the data, which changes nothing: it is always ``"Unlabelled"``.
+        kwargs: How it is trained: optimizer, clip_norm, ...; see `LocalLearner`.
 
     Raises:
         ValueError: If an argument is out of its range, or a list has another length than there are layers.
@@ -76,6 +78,7 @@ class SCFF(LocalLearner):
         lr: list[float] | float = 0.003,
         weight_decay: list[float] | float = 1e-4,
         lr_scheduler: Schedule | LRSchedulerCallable = "constant",
+        task: TaskName | Callable[[], Task] | None = None,
         **kwargs: Any,
     ) -> None:
         widths, channels, kernels, pools = to_plain((widths, channels, kernels, pools))
@@ -86,8 +89,8 @@ class SCFF(LocalLearner):
         count = len(channels or widths or [1000, 1000])
         rates = for_each("lr", lr, count, partial(check_number, above=0))
         super().__init__(
-            num_classes=num_classes, input_shape=input_shape, lr=rates[0], lr_scheduler=lr_scheduler,
-            **{**kwargs, "task": "Unlabelled"},
+            num_classes=num_classes, input_shape=input_shape, task="Unlabelled", lr=rates[0],
+            lr_scheduler=lr_scheduler, **kwargs,
         )  # fmt: skip
         self.rates = rates
         self.decays = for_each("weight_decay", weight_decay, count, partial(check_number, least=0))
