@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 import ff_lightning
 from ff_lightning import data, inference
 from tests.methods import CASES, METHODS, again, make
+from tests.test_modules import assert_same, weights
 from tests.trained import run
 
 ROOT = Path(__file__).parents[1]
@@ -17,16 +18,6 @@ EACH = pytest.mark.parametrize("name", METHODS)
 EACH_MODE = pytest.mark.parametrize(
     ("name", "optimization"), [(name, mode) for name in METHODS for mode in CASES[name].modes]
 )
-
-
-def weights(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def assert_same(one, two):
-    assert one.keys() == two.keys()
-    for key in one:
-        assert torch.equal(one[key], two[key]), key
 
 
 class SaveAt(Callback):

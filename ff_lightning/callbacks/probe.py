@@ -1,7 +1,5 @@
 """A linear read-out that is trained beside the run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torchmetrics import MeanMetric
 
 from ff_lightning.local.probes import LinearProbe, check_classes
 from ff_lightning.modules.base import LocalLearner
+from ff_lightning.partition.trace import evaluating
 from ff_lightning.util.arguments import check_number, check_whole
 
 
@@ -132,19 +131,7 @@ class OnlineProbe(Callback):
         self._stored, self.probe = state_dict, None
 
 
-@contextmanager
-def _evaluating(module: LightningModule) -> Iterator[None]:
-    """In evaluation mode, and then each part in the mode in which it was."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
 def _features(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
     inputs, target = module.split(batch)
-    with torch.no_grad(), _evaluating(module):
+    with evaluating(module):
         return module.representation(*inputs).detach(), check_classes(target)

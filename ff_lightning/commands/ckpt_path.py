@@ -1,4 +1,4 @@
-"""The checkpoint that ``--ckpt_path`` stands for."""
+"""The checkpoint that ``--ckpt_path`` stands for, and the data that it names."""
 
 import logging
 from collections.abc import Mapping
@@ -6,7 +6,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from lightning.pytorch import LightningDataModule
+
 from ff_lightning.training.checkpoint_io import check_whole, fetched, is_remote, read
+from ff_lightning.training.trust import named_class
 
 log = logging.getLogger(__name__)
 
@@ -88,3 +91,13 @@ def find_root(root: str, checkpoint: str) -> str:
         "checkpoint; give --data.root", root, checkpoint, Path.cwd(),
     )  # fmt: skip
     return root
+
+
+def data_of(path: str, root: str | None) -> LightningDataModule:
+    """The data module that a checkpoint names, with its own folder of the data unless another `root` is given."""
+    stored = dict(read_checkpoint(path).get("datamodule_hyper_parameters", {}))
+    if "_class_path" not in stored:
+        raise ValueError(f"ckpt_path={path!r} names no data: it was not written by ff-lightning fit")
+    cls: Any = named_class("the data", stored["_class_path"], (LightningDataModule,))
+    arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
+    return cls(**{**arguments, **({"root": root} if root else {})})

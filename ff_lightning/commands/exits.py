@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from ff_lightning.commands.answers import PlainParser, as_path
-from ff_lightning.commands.ckpt_path import read_checkpoint
+from ff_lightning.commands.ckpt_path import data_of
 from ff_lightning.inference import load
 from ff_lightning.local.exits import RULES, EarlyExit, multiply_adds
 from ff_lightning.local.net import LocalNet
-from ff_lightning.training.trust import named_class
 
 TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95)
 """Shares of the samples that leave at each block: the points of a curve."""
@@ -56,7 +54,7 @@ def main(args: Sequence[str]) -> None:
         raise ValueError(f"out={str(settings.out)!r} needs matplotlib: pip install 'ff-lightning[plot]'")
     net: Any = load(settings.ckpt_path).network
     net = getattr(net, "net", net)
-    data = data_of(settings.ckpt_path, {"root": settings.root} if settings.root else {})
+    data = data_of(settings.ckpt_path, settings.root)
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
@@ -106,16 +104,6 @@ def curve(net: LocalNet, val: Iterable[Any], test: Iterable[Any], rules: Sequenc
         name = str(one.rule) if one.rule == "mean_std" else f"{one.rule}, target {one.target:g}"
         points.append(Point(name, error, (costs[exits].mean() / costs[-1]).item()))
     return points
-
-
-def data_of(path: str, changes: dict[str, Any]) -> LightningDataModule:
-    """The data module that a checkpoint names."""
-    stored = dict(read_checkpoint(path).get("datamodule_hyper_parameters", {}))
-    if "_class_path" not in stored:
-        raise ValueError(f"ckpt_path={path!r} names no data: it was not written by ff-lightning fit")
-    cls: Any = named_class("the data", stored["_class_path"], (LightningDataModule,))
-    arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
-    return cls(**{**arguments, **changes})
 
 
 def _draw(points: Sequence[Point], path: Path) -> None:

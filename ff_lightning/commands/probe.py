@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ff_lightning.commands.answers import PlainParser
-from ff_lightning.commands.ckpt_path import read_checkpoint
-from ff_lightning.commands.exits import data_of
+from ff_lightning.commands.ckpt_path import data_of, read_checkpoint
 from ff_lightning.inference.facts import facts_of
 from ff_lightning.local.probes import DECAYS, final_probe
 from ff_lightning.modules import LocalLearner
@@ -36,7 +35,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the untrained weights")
     parser.add_argument("--no_test", action="store_true", help="validation samples alone, to choose settings by")
     settings = parser.parse_args(args)
-    data: Any = data_of(settings.ckpt_path, {"root": settings.root} if settings.root else {})
+    data: Any = data_of(settings.ckpt_path, settings.root)
     data.prepare_data()
     data.setup("fit")
     if not settings.no_test:

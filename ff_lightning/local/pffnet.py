@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -289,6 +288,8 @@ class PFFNet(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, seed: int = 0, label: int | None = None) -> Tensor:
         """New samples, (n, F); see `PFF.sample`."""
+        from sklearn.mixture import GaussianMixture  # here, since nothing else needs it
+
         self._check_generative()
         check_whole("n", n)
         check_whole("seed", seed, least=0)

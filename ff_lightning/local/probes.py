@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ff_lightning.partition.trace import evaluating
 from ff_lightning.util.arguments import check_number, check_whole
 
 DECAYS = (1e-2, 1e-3, 1e-4)
@@ -47,7 +48,6 @@ class Probed(NamedTuple):
     """The same on the test samples, if there were any."""
 
 
-@torch.no_grad()
 def features_of(model: Any, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """What a model makes of all samples, in evaluation mode, and their classes.
 
@@ -61,14 +61,12 @@ def features_of(model: Any, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If the batches have no classes, or if there are none.
     """
-    was_training = model.training
-    model.eval()
     found = []
-    for batch in batches:
-        inputs, target = model.split(model.transfer_batch_to_device(batch, model.device, 0))
-        features = model.representation(*inputs)
-        found.append((features.float().cpu(), check_classes(target).cpu()))
-    model.train(was_training)
+    with evaluating(model):
+        for batch in batches:
+            inputs, target = model.split(model.transfer_batch_to_device(batch, model.device, 0))
+            features = model.representation(*inputs)
+            found.append((features.float().cpu(), check_classes(target).cpu()))
     if not found:
         raise ValueError("there is no sample to probe: the loader is empty")
     features, classes = zip(*found, strict=True)

@@ -115,8 +115,7 @@ class Resumable(Reporting):
             "version": __version__,
             "window": self._window,
             "stepped_in_epoch": sorted(self.stepper.stepped_in_epoch) if fitting and self.stepper else [],
-            "at_last_batch": trainer.is_last_batch,
-            "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "logged": {k: float(v) for k, v in trainer.callback_metrics.items()} if trainer.is_last_batch else None,
             "frozen": [name for name, parameter in self.named_parameters() if not parameter.requires_grad],
             "random": resume.random_states(trainer.world_size),
             "gradients": resume.gradients(self, trainer.world_size) if in_window else {},
@@ -137,7 +136,7 @@ class Resumable(Reporting):
         """Let schedules of epochs step as they would have: Lightning does not end an epoch whose last batch is done."""
         if self.stepper:
             self.stepper.stepped_in_epoch.update(interrupted.get("stepped_in_epoch", ()))
-            if interrupted.get("at_last_batch"):
+            if interrupted.get("logged") is not None:  # it was written after the last batch
                 with suppress(ValueError):  # a plateau's figure was not there yet: it waits for the next epoch
                     self.step_epoch_schedules(interrupted["logged"])
 
