@@ -184,7 +184,9 @@ def test_a_checkpoint_of_another_lightning_module():
         {"state_dict": {"w": torch.zeros(2)}, "pytorch-lightning_version": "2.6.0", "hyper_parameters": {"a": 1}},
         "a.ckpt",
     )
-    assert "the checkpoint was written by another architecture" in answer("test", "--ckpt_path", "a.ckpt")
+    assert "the checkpoint was written by another architecture" in answer(
+        "test", "--ckpt_path", "a.ckpt", "--data", "Digits"
+    )
 
 
 def test_errors_of_a_worker_that_reads_images(image_folder):
