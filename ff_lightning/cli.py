@@ -29,12 +29,13 @@ from ff_lightning.commands.predict import is_of_files
 from ff_lightning.commands.predict import main as predict
 from ff_lightning.commands.probe import main as probe
 from ff_lightning.commands.sheet import main as sheet
-from ff_lightning.commands.start import EPOCHS, help_of, init
+from ff_lightning.commands.start import COMMANDS, EPOCHS, help_of, init
 from ff_lightning.heads import GoodnessHead, LookAhead, PooledHead
 from ff_lightning.modules import LocalLearner
 from ff_lightning.tasks import task_of_name
 from ff_lightning.training.checkpoint_io import is_remote
 from ff_lightning.training.trust import check_stored
+from ff_lightning.util.suggest import closest
 
 _DEFAULT_DATA = "ff_lightning.data.Digits"
 _FROM_DATA = ("num_classes", "input_shape", "vocabulary", "task")
@@ -54,7 +55,8 @@ class _Parser(LightningArgumentParser):
         )
         options = {name: _options(parser) for name, parser in self.commands.items()}
         text = of_parser(message, self.given, options, classes)
-        end(text, "ff-lightning fit --help", "ff-lightning fit --model.help SFF")
+        command = next((given for given in self.given if given in self.commands), "fit")
+        end(text, f"ff-lightning {command} --help", f"ff-lightning {command} --model.help SFF")
 
 
 def _options(parser: LightningArgumentParser) -> set[str]:
@@ -199,6 +201,10 @@ def _own_command(given: Sequence[str]) -> Callable[[Sequence[str]], None] | None
     """What runs without the Trainer, and so is no subcommand of LightningCLI."""
     if is_of_files(given):
         return predict
+    known = [*COMMANDS, *_COMMANDS]
+    if given and not given[0].startswith("-") and given[0] not in known:
+        text = f"{given[0]!r} is no command: known are {', '.join(known)}{closest(given[0], known)}"
+        end(text, "ff-lightning --help")
     return _COMMANDS.get(given[0]) if given else None
 
 
@@ -242,7 +248,7 @@ def main(args: Sequence[str] | None = None) -> None:
             parser_class=_Parser,
             parser_kwargs={
                 "version": __version__,
-                "epilog": "Without the Trainer: ff-lightning init, export, sheet, and predict --data.root FOLDER",
+                "epilog": f"Without the Trainer: {', '.join(_COMMANDS)}, and predict --data.root FOLDER",
             },
             args=given,
         )

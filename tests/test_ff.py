@@ -190,8 +190,8 @@ class TestNet:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"theta": [1.0]}, r"theta=\[1.0\]: must be one number, or 2 of them"),
-            ({"theta": [1.0, 1.0, 1.0]}, "must be one number, or 2 of them"),
+            ({"theta": [1.0]}, r"theta=\[1.0\]: must be 2, one for each block"),
+            ({"theta": [1.0, 1.0, 1.0]}, "must be 2, one for each block"),
             ({"theta": -1.0}, "theta=-1.0: must be above 0"),
             ({"sign": 0}, "sign=0: must be 1 or -1"),
             ({"goodness": "max"}, "goodness='max'"),
@@ -264,7 +264,7 @@ def test_thresholds_move_are_logged_and_are_in_the_checkpoint(make_trainer, digi
     trainer.save_checkpoint(tmp_path / "five.ckpt")
     again = FF.load_from_checkpoint(tmp_path / "five.ckpt")
     assert [o.theta.item() for o in again.net.objectives] == pytest.approx([0.2 * 1.5**2, 0.4 * 1.5**2])
-    with pytest.raises(ValueError, match=r"multiplier=\[0.1\]: must be one number, or 2 of them"):
+    with pytest.raises(ValueError, match=r"multiplier=\[0.1\]: must be 2, one for each block"):
         make_trainer(callbacks=[Thresholds([0.1])]).fit(model, digits)
 
 

@@ -239,11 +239,11 @@ def test_a_function_as_head_is_asked_for_again(make_trainer, digits, tmp_path):
     trainer = make_trainer(max_epochs=1)
     trainer.fit(model, digits)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    again = r"its head was given as a function and is not stored: give it again, head=\.\.\."
+    again = r"the head of the checkpoint was given as a function and is not stored: give it again, head=\.\.\."
     with pytest.raises(ValueError, match=again) as error:
         SFF.load_from_checkpoint(tmp_path / "a.ckpt", backbone=small_net())
-    assert "its backbone" not in str(error.value), "that was given again"
-    with pytest.raises(ValueError, match=r"its backbone was given as a module.*" + again):
+    assert "the backbone of" not in str(error.value), "that was given again"
+    with pytest.raises(ValueError, match=r"the backbone of the checkpoint was given as a module.*" + again):
         SFF.load_from_checkpoint(tmp_path / "a.ckpt")
     with pytest.warns(UserWarning, match="head is a function"):
         SFF.load_from_checkpoint(

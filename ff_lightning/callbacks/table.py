@@ -18,7 +18,11 @@ class BlockTable(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the blocks, and the windows where they are longer than a block."""
         net = getattr(pl_module, "net", None)
-        if not trainer.is_global_zero or not isinstance(net, LocalNet):
+        if not trainer.is_global_zero:
+            return
+        if not isinstance(net, LocalNet):
+            if len(cast(Any, pl_module).unit_names) > 1:
+                Console().print(_units(cast(Any, pl_module)))
             return
         table = Table(title=f"{len(net.blocks)} blocks, each with a local loss")
         for column in ("block", "module", "features", "parameters", "of its head", "kept / sample"):
@@ -76,7 +80,7 @@ class BlockTable(Callback):
             if key in logged:
                 table.add_row(f"{k:02d}", escape(unit), shown(logged[key]))
         table.add_section()
-        table.add_row("all", "vote", shown(logged[f"{stage}/{name}"]), style="bold")
+        table.add_row("all", "sum" if name == "loss" else "vote", shown(logged[f"{stage}/{name}"]), style="bold")
         Console().print(table)
 
 
@@ -100,6 +104,16 @@ def kept_per_image(net: LocalNet) -> tuple[int, int]:
     kept = net.windows.kept or net.kept()
     most = max(kept.share(first, last) for ends in net.windows.placements for first, last in spans(ends))
     return round(most * kept.backprop), kept.backprop
+
+
+def _units(learner: Any) -> Table:
+    """The units of a network that is not cut into blocks, such as layers."""
+    table = Table(title=f"{len(learner.unit_names)} units, each with a local loss")
+    for column in ("unit", "module", "parameters"):
+        table.add_column(column, justify="right" if column == "parameters" else "left")
+    for k, (name, parameters) in enumerate(zip(learner.unit_names, learner.parameters_of_units, strict=True)):
+        table.add_row(f"{k:02d}", escape(name), f"{sum(parameter.numel() for parameter in parameters):,}")
+    return table
 
 
 def _windows(windows: Windows) -> Table:

@@ -1,12 +1,13 @@
 """Thresholds of Forward-Forward that move in the run."""
 
+from functools import partial
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ff_lightning.local.ffnet import FFNet, thresholds
+from ff_lightning.local.ffnet import FFNet
 from ff_lightning.training.plain import to_plain
-from ff_lightning.util.arguments import check_number, check_whole
+from ff_lightning.util.arguments import check_number, check_whole, for_each
 
 
 class Thresholds(Callback):
@@ -37,6 +38,7 @@ class Thresholds(Callback):
         if not isinstance(net, FFNet):
             raise ValueError(f"Thresholds moves the thresholds of FF: {type(pl_module).__name__} has none")
         factor = self.rate ** (trainer.current_epoch // self.every)
-        for k, start in enumerate(thresholds(self.multiplier, len(net.blocks), "multiplier")):
+        starts = for_each("multiplier", self.multiplier, len(net.blocks), partial(check_number, above=0), "block")
+        for k, start in enumerate(starts):
             cast(Any, net.objectives[k]).theta.fill_(start * factor)
             pl_module.log(f"train/block{k:02d}_theta", start * factor)

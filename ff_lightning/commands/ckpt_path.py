@@ -46,6 +46,11 @@ def find_checkpoint(which: str, root: str | None, dirpath: str | None) -> str:
     raise ValueError(f"ckpt_path='best': the run of {last} has kept no best checkpoint: give 'last', or a path")
 
 
+def checkpoint_at(which: str) -> str:
+    """The checkpoint that ``--ckpt_path`` stands for in a command without a Trainer: a path, ``last`` or ``best``."""
+    return find_checkpoint(which, None, None) if which in ("last", "best") else which
+
+
 def read_checkpoint(path: str) -> Mapping[str, Any]:
     """Read a checkpoint; no code of it is run.
 
@@ -94,10 +99,16 @@ def find_root(root: str, checkpoint: str) -> str:
 
 
 def data_of(path: str, root: str | None) -> LightningDataModule:
-    """The data module that a checkpoint names, with its own folder of the data unless another `root` is given."""
+    """The data module that a checkpoint names, with its own folder of the data unless another `root` is given.
+
+    Raises:
+        ValueError: If the checkpoint names no data.
+    """
     stored = dict(read_checkpoint(path).get("datamodule_hyper_parameters", {}))
     if "_class_path" not in stored:
         raise ValueError(f"ckpt_path={path!r} names no data: it was not written by ff-lightning fit")
     cls: Any = named_class("the data", stored["_class_path"], (LightningDataModule,))
     arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
-    return cls(**{**arguments, **({"root": root} if root else {})})
+    if root is None and isinstance(arguments.get("root"), str):
+        root = find_root(arguments["root"], path)
+    return cls(**{**arguments, **({} if root is None else {"root": root})})

@@ -12,9 +12,9 @@ from rich.table import Table
 from torch import Tensor
 
 from ff_lightning.commands.answers import PlainParser, as_path
-from ff_lightning.commands.ckpt_path import data_of
+from ff_lightning.commands.ckpt_path import checkpoint_at, data_of
 from ff_lightning.inference import load
-from ff_lightning.local.exits import RULES, EarlyExit, multiply_adds
+from ff_lightning.local.exits import RULES, EarlyExit, depth_answers, multiply_adds
 from ff_lightning.local.net import LocalNet
 
 TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -45,16 +45,17 @@ def main(args: Sequence[str]) -> None:
         description="Error against multiply-adds: each depth for all samples, and early exit by each rule. Thresholds "
         "are set on the validation samples, errors are those of the test samples.",
     )
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a trained model")
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a trained model, or last, or best")
     parser.add_argument("--data.root", dest="root", help="folder of the data; by itself: the one of the training")
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES), help="rules to try")
     parser.add_argument("--out", type=as_path, help="picture to draw, such as exits.png")
     settings = parser.parse_args(args)
+    path = checkpoint_at(settings.ckpt_path)
     if settings.out and importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f"out={str(settings.out)!r} needs matplotlib: pip install 'ff-lightning[plot]'")
-    net: Any = load(settings.ckpt_path).network
+    net: Any = load(path).network
     net = getattr(net, "net", net)
-    data = data_of(settings.ckpt_path, settings.root)
+    data = data_of(path, settings.root)
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
@@ -81,9 +82,9 @@ def curve(net: LocalNet, val: Iterable[Any], test: Iterable[Any], rules: Sequenc
     """
     points: list[Point] = []
     exiting = [EarlyExit(net, rule, target) for rule in rules for target in (TARGETS if rule != "mean_std" else [None])]
-    calibration = [batch[0] for batch in val]
+    calibration = depth_answers(net, val)
     for one in exiting:
-        one.calibrate(calibration)
+        one.calibrate_by(calibration)
     samples = list(test)
     if any(y.ndim != 1 or y.is_floating_point() for _, y in samples):
         raise ValueError("exits counts wrong classes: it needs a model of the task Classification")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ff_lightning.commands.answers import PlainParser, as_path
+from ff_lightning.commands.ckpt_path import checkpoint_at
 from ff_lightning.data.images.folder import ENDINGS
 from ff_lightning.data.listing import files_below
 from ff_lightning.inference import Prediction, Predictor, load
@@ -48,7 +49,7 @@ def main(args: Sequence[str]) -> None:
         description="Classify images with a trained model: a table of file, class and probability.",
         epilog="With --data or --config it is Lightning's own predict, over the test samples of a data module.",
     )
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint or export of a trained model")
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint (or last, or best) or export of a model")
     parser.add_argument("--data.root", dest="root", required=True, help="folder of images, one image, or a pattern")
     parser.add_argument("--out", type=as_path, default="predictions.csv", help="table to write: .csv or .parquet")
     parser.add_argument("--overwrite", action="store_true", help="replace the table if it is there")
@@ -57,9 +58,10 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--device", default=None, help="such as cpu or cuda; by itself: cuda where there is one")
     settings = parser.parse_args(args)
     check_whole("batch_size", settings.batch_size)
-    check_out(settings.out, settings.overwrite)
     files = image_files(settings.root)
-    predictor = load(settings.ckpt_path, settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_out(settings.out, settings.overwrite)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    predictor = load(checkpoint_at(settings.ckpt_path), device)
     lost: list[str] = []
     found: Counter[str] = Counter()
     probabilities: list[float] = []

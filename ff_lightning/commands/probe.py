@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ff_lightning.commands.answers import PlainParser
-from ff_lightning.commands.ckpt_path import data_of, read_checkpoint
+from ff_lightning.commands.ckpt_path import checkpoint_at, data_of, read_checkpoint
 from ff_lightning.inference.facts import facts_of
 from ff_lightning.local.probes import DECAYS, final_probe
 from ff_lightning.modules import LocalLearner
@@ -29,13 +29,14 @@ def main(args: Sequence[str]) -> None:
         description="Accuracy of a linear read-out of all layers, trained on frozen features; the same for untrained "
         "weights. Its penalty is chosen on the validation samples, the test samples are looked at once.",
     )
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a trained model")
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a trained model, or last, or best")
     parser.add_argument("--data.root", dest="root", help="folder of the data; by itself: the one of the training")
     parser.add_argument("--decays", type=float, nargs="+", default=DECAYS, help="penalties to choose from")
     parser.add_argument("--seed", type=int, default=0, help="of the untrained weights")
     parser.add_argument("--no_test", action="store_true", help="validation samples alone, to choose settings by")
     settings = parser.parse_args(args)
-    data: Any = data_of(settings.ckpt_path, settings.root)
+    path = checkpoint_at(settings.ckpt_path)
+    data: Any = data_of(path, settings.root)
     data.prepare_data()
     data.setup("fit")
     if not settings.no_test:
@@ -44,7 +45,7 @@ def main(args: Sequence[str]) -> None:
     for column in ("weights", "penalty", "validation", "test"):
         table.add_column(column, justify="left" if column == "weights" else "right")
     found = []
-    for name, model in zip(("trained", "untrained"), models_of(settings.ckpt_path, settings.seed), strict=True):
+    for name, model in zip(("trained", "untrained"), models_of(path, settings.seed), strict=True):
         loaders = data.train_dataloader(), data.val_dataloader(), None if settings.no_test else data.test_dataloader()
         probed = final_probe(model, *loaders, data.num_classes, settings.decays)
         found.append([100 * share for share in (probed.val, probed.test) if share is not None])

@@ -57,8 +57,8 @@ class Predictor:
     def __init__(self, network: Callable[[Tensor], Tensor], facts: Facts, device: str | torch.device = "cpu") -> None:
         if facts.task != "Classification":
             raise ValueError(
-                f"the task of the model is {facts.task}: a predictor gives classes; load the model with "
-                "load_from_checkpoint of its class, and call it"
+                f"the task of the model is {facts.task}, so it names no classes: load it with load_from_checkpoint of "
+                "its class, and call it; ff-lightning probe says what a linear read-out finds in it"
             )
         self.network, self.facts, self.device = network, facts, torch.device(device)
 

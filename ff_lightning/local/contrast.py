@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ff_lightning.util.arguments import check_choice, check_number, check_switch, check_whole, shown
+from ff_lightning.util.arguments import check_choice, check_number, check_switch, check_whole, for_each, shown
 from ff_lightning.views import VIEWS
 
 
@@ -214,21 +214,6 @@ class ContrastNet(nn.Module):
                 x = layer.output(layer(x))
                 features.append(layer.for_readout(x))
         return torch.cat(features, 1)
-
-
-def for_each(argument: str, value: Any, layers: int, check: Callable[[str, Any], None]) -> list[Any]:
-    """What each layer has, from a list or from one value for all.
-
-    Raises:
-        ValueError: If the list has another length, or if the check does.
-    """
-    one = isinstance(value, str) or not isinstance(value, Sequence)
-    values = [value] * layers if one else list(value)
-    for each in values:
-        check(argument, each)
-    if len(values) != layers:
-        raise ValueError(f"{argument}={shown(value)}: must be {layers}, one for each layer")
-    return values
 
 
 def _check_pair(argument: str, value: Any) -> None:

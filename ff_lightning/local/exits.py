@@ -3,7 +3,7 @@
 Shapes: B batch, K classes, L blocks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -91,13 +91,13 @@ class EarlyExit(nn.Module):
         Raises:
             ValueError: If there is no sample, or if none leaves before the last block.
         """
-        where = self.thresholds.device
-        answers = [self._answers(_inputs(batch).to(where)) for batch in batches]
-        if not answers or not sum(len(of_batch[0]) for of_batch in answers):
-            raise ValueError("calibrate: there is no sample to calibrate on")
+        return self.calibrate_by(depth_answers(self.net, batches))
+
+    def calibrate_by(self, answers: Sequence[Tensor]) -> "EarlyExit":
+        """As `calibrate`, by the answers at each depth, which several rules can share: L tensors (B, K)."""
         left = None
         for k in range(len(self.thresholds)):
-            sure = self._sure(torch.cat([of_batch[k] for of_batch in answers]))
+            sure = self._sure(answers[k])
             left = torch.ones_like(sure, dtype=torch.bool) if left is None else left
             answers_yet = self.net.voters is None or k >= min(self.net.voters)
             self.thresholds[k] = self._threshold(sure[left]) if answers_yet and left.any() else torch.inf
@@ -114,11 +114,6 @@ class EarlyExit(nn.Module):
     def _sure(self, scores: Tensor) -> Tensor:
         rule = self.rule if callable(self.rule) else RULES[self.rule]
         return rule(scores)
-
-    def _answers(self, x: Tensor) -> list[Tensor]:
-        """The vote of the blocks up to each one, (B, K)."""
-        goodness = self.net.goodness(x)
-        return [self.net.decide(goodness[: k + 1]) for k in range(len(goodness))]
 
     @torch.no_grad()
     def answers_and_exits(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,6 +151,25 @@ class EarlyExit(nn.Module):
     def exits(self, x: Tensor) -> Tensor:
         """The number of the block at which each sample left, from 0: (B,), int64."""
         return self.answers_and_exits(x)[1]
+
+
+@torch.no_grad()
+def depth_answers(net: LocalNet, batches: Iterable[Any]) -> list[Tensor]:
+    """The vote of the blocks up to each one, for all samples: L tensors (B, K).
+
+    Args:
+        net: In eval mode.
+        batches: Inputs (B, ...), or tuples that begin with them.
+
+    Raises:
+        ValueError: If there is no sample.
+    """
+    where = next(net.parameters()).device
+    goodness = [net.goodness(_inputs(batch).to(where)) for batch in batches]
+    if not sum(of_batch.shape[1] for of_batch in goodness):
+        raise ValueError("calibrate: there is no sample to calibrate on")
+    joined = torch.cat(goodness, 1)
+    return [net.decide(joined[: k + 1]) for k in range(len(joined))]
 
 
 @torch.no_grad()

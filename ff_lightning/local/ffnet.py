@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ff_lightning.local.net import LocalNet
 from ff_lightning.local.objectives import Objective, Place
 from ff_lightning.partition import Granularity
-from ff_lightning.util.arguments import check_choice, check_number, is_whole, shown
+from ff_lightning.util.arguments import check_choice, check_number, for_each, is_whole, shown
 from ff_lightning.views import NEGATIVES, PLACEMENTS, hard_labels, hybrids, labelled_shape, wrong_labels
 
 GOODNESS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -72,9 +72,10 @@ class ThresholdObjective(Objective):
         if sign not in (1, -1):
             raise ValueError(f"sign={shown(sign)}: must be 1 or -1")
         check_number("peer", peer, least=0)
+        values = for_each("theta", theta, place.blocks, partial(check_number, above=0), "block")
         self.goodness, self.sign, self.peer = goodness, sign, peer
         self.features = torch.Size(place.shape).numel()
-        self.register_buffer("theta", torch.tensor(thresholds(theta, place.blocks)[place.number]))
+        self.register_buffer("theta", torch.tensor(float(values[place.number])))
         self.register_buffer("activity", torch.full((place.shape[0],), 0.5))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -239,20 +240,6 @@ class FFNet(LocalNet):
             else:
                 yield F.linear(features, self.readout.weight[:, start : start + features.shape[1]])
                 start += features.shape[1]
-
-
-def thresholds(theta: float | Sequence[float], blocks: int, argument: str = "theta") -> list[float]:
-    """The threshold of each block, from one number or a list.
-
-    Raises:
-        ValueError: If one is no positive number, or if the list has another length.
-    """
-    values = list(theta) if isinstance(theta, Sequence) else [theta] * blocks
-    for value in values:
-        check_number(argument, value, above=0)
-    if len(values) != blocks:
-        raise ValueError(f"{argument}={shown(values)}: must be one number, or {blocks} of them, one for each block")
-    return [float(value) for value in values]
 
 
 def _mean_square_1(x: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable
 from torch import Tensor
 
-from ff_lightning.local.contrast import ContrastNet, convolutional_layers, dense_layers, for_each
+from ff_lightning.local.contrast import ContrastNet, convolutional_layers, dense_layers
 from ff_lightning.local.updates import Update
 from ff_lightning.modules.base import LocalLearner
 from ff_lightning.tasks import Task, TaskName
 from ff_lightning.training.plain import to_plain
 from ff_lightning.training.schedules import Schedule
-from ff_lightning.util.arguments import check_number, check_whole, shown
+from ff_lightning.util.arguments import check_number, check_whole, for_each, shown
 
 
 class SCFF(LocalLearner):

@@ -212,11 +212,11 @@ def check_architecture(own: Mapping[str, Tensor], hparams: Mapping[str, Any], ch
             if key in was and was[key] != value
         }
         module = "".join(
-            f"; its {name} was given as {kind} and is not stored: give it again, {name}=..."
+            f"the {name} of the checkpoint was given as {kind} and is not stored: give it again, {name}=...; "
             for name, kind in (("backbone", "a module"), ("head", "a function"))
             if name not in was and name in hparams  # what is given as a module or a function is not in there
         )
         raise ValueError(
-            f"the checkpoint was written by another architecture: {len(wrong)} tensors differ, the first is "
-            f"{wrong[0]!r}; arguments that differ: {differ or 'none that were stored'}{module}"
+            f"{module}the checkpoint was written by another architecture: {len(wrong)} tensors differ, the first is "
+            f"{wrong[0]!r}; arguments that differ: {differ or 'none that were stored'}"
         )

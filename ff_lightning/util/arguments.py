@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from numbers import Integral, Real
 from typing import Any
@@ -156,6 +156,30 @@ def check_blocks(argument: str, value: Any) -> None:
     for block in value:
         if not is_whole(block) and not isinstance(block, str):
             raise ValueError(f"{argument}={shown(value)}: {shown(block)} is neither the number nor the name of a block")
+
+
+def for_each(
+    argument: str, value: Any, count: int, check: Callable[[str, Any], None], unit: str = "layer"
+) -> list[Any]:
+    """What each layer or block has, from a list or from one value for all.
+
+    Args:
+        argument: Its name.
+        value: The list, or the value.
+        count: How many values there must be.
+        check: Raises ValueError for a value that is not allowed.
+        unit: The word for what is counted.
+
+    Raises:
+        ValueError: If the list has another length, or if the check does.
+    """
+    one = isinstance(value, str) or not isinstance(value, Sequence)
+    values = [value] * count if one else list(value)
+    for each in values:
+        check(argument, each)
+    if len(values) != count:
+        raise ValueError(f"{argument}={shown(value)}: must be {count}, one for each {unit}")
+    return values
 
 
 def check_keywords(cls: type, unknown: Mapping[str, Any]) -> None:
