@@ -85,7 +85,8 @@ class TestEveryMethod:
     def test_one_quick_batch_on_the_command_line(self, name, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         config = ROOT / f"configs/{CASES[name].config}.yaml"
-        run("fit", "--config", config, *QUIET, "--trainer.fast_dev_run", "true")
+        printed = run("fit", "--config", config, *QUIET, "--trainer.fast_dev_run", "true")
+        assert ("each with a local loss" in printed) == (name != "Backprop")
         assert not list(tmp_path.rglob("*.ckpt")), "a trial leaves nothing behind"
 
     @EACH

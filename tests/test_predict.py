@@ -85,6 +85,25 @@ def test_what_cannot_be_predicted(arguments, message, trained, tmp_path, monkeyp
     assert not (tmp_path / "predictions.csv").exists()
 
 
+def test_the_last_run_is_found_by_every_command(trained, tmp_path, monkeypatch):
+    root, path = trained
+    monkeypatch.chdir(path.parents[1])  # where the run had its default folder
+    rows = [
+        run("predict", "--ckpt_path", which, "--data.root", root / "test", "--out", tmp_path / "p.csv", "--overwrite")
+        for which in (path, "last")
+    ]
+    assert rows[0] == rows[1]
+    out = tmp_path / "net.pt2"
+    (root.parent / "mixed").mkdir()
+    (root.parent / "mixed" / "bad.png").write_bytes(b"no image")
+    export = "export", "--ckpt_path", "last", "--format", "torch", "--out", out, "--data.root"
+    with pytest.raises(SystemExit, match="none of the 1 images can be read"):
+        run(*export, root.parent / "mixed")
+    shutil.copy(next((root / "test").rglob("*.png")), root.parent / "mixed" / "good.png")
+    assert "on 1 images of" in run(*export, root.parent / "mixed")
+    assert "multiply-adds" in run("exits", "--ckpt_path", "last", "--rules", "margin")
+
+
 def test_checkpoints_that_do_not_say_what_they_are(trained, tmp_path):
     content = torch.load(trained[1], weights_only=True)
     content["ff_lightning"]["model"]["class_path"] = "nowhere.Model"

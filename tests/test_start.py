@@ -68,6 +68,13 @@ def test_a_run_without_a_number_of_epochs_is_short(tmp_path, monkeypatch, caplog
     assert torch.load(last, weights_only=True)["global_step"] == EPOCHS + 3, "one step in an epoch, and more epochs"
 
 
+def test_a_command_that_is_not_known():
+    with pytest.raises(SystemExit, match=r"'tets' is no command: known are fit, .*exits.*; did you mean 'test'"):
+        run("tets")
+    with pytest.raises(SystemExit, match="Try 'ff-lightning test --help'"):
+        run("test", "--trainer.max_epochz", 3)
+
+
 @pytest.mark.parametrize("reach", [1, 2])
 def test_kept_bytes_are_those_of_training(reach):
     net = LocalNet(small_net(), 10, input_shape=(1, 8, 8), reach=reach)
