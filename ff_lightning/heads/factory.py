@@ -1,7 +1,7 @@
 """Heads by name, by class, or by a function that makes them."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from inspect import signature
 from typing import Any
 
@@ -74,6 +74,11 @@ def make_head(
 
 def takes_mask(function: Callable[..., Any]) -> bool:
     """Whether a function, such as the forward of a head, has a parameter `mask`."""
+    return _has_mask(getattr(function, "__func__", function))
+
+
+@lru_cache  # a network may have a thousand heads of one class
+def _has_mask(function: Callable[..., Any]) -> bool:
     return "mask" in signature(function).parameters
 
 

@@ -106,7 +106,8 @@ class Windows:
                     stacklevel=5,
                 )
         one = not is_whole(reach) and self._fits(0, self.blocks - 1)
-        begins = range(1 if one else self.blocks)
+        # windows of a number of blocks are the same wherever one of them begins so many blocks further up
+        begins = range(1 if one else min(int(reach), self.blocks) if is_whole(reach) else self.blocks)
         self.placements = sorted({self._from(begin) for begin in begins}, reverse=True)
         if own_loss != 1 and self.longest == 1:
             warnings.warn(f"own_loss={own_loss} has no effect: no window of reach={reach} has two blocks", stacklevel=5)
