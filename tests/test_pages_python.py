@@ -116,10 +116,17 @@ def test_python_runs(page, tmp_path, monkeypatch, one_process, capsys):
         names |= {"__name__": __name__, **GIVEN.get(name_of(page), lambda folder: {})(tmp_path)}
         exec(compile("\n" * (line - 1) + on_small_data(block), str(page), "exec"), names)
     if page.stem == "performance":
-        printed = torch.tensor([[float(x) for x in row.split()] for row in capsys.readouterr().out.splitlines()])
+        rows = [[float(x) for x in row.split()] for row in capsys.readouterr().out.splitlines()]
+        printed = torch.tensor([row for row in rows if len(row) == 2])
         row = [re.search(rf"^\| {name} \|.*?\|.*?\| ([\d.]+) \|", page.read_text(), flags=re.M)[1]
                for name in ("saved", "operations")]  # fmt: skip
         assert [f"{printed[:, 0].max():.3f}", f"{printed[:, 1].mean():.3f}"] == row, "the column of reach=3"
+        kept = [f"{row[0]:.3f}" for row in rows if len(row) == 1]
+        table = re.findall(
+            r"^\| copies, width \|(.*)\|\n.*\n\| saved, small stem, 32 x 32 \|(.*)\|$", page.read_text(), flags=re.M
+        )
+        columns = dict(zip(*([cell.strip() for cell in line.split("|")] for line in table[0]), strict=True))
+        assert set(kept) == {columns["2, 0.25"]}
 
 
 def test_own_data_trains(make_trainer):

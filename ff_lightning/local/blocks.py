@@ -23,6 +23,7 @@ from ff_lightning.local.windows import Counter, Kept, Storages, Windows
 from ff_lightning.losses import LogSumExpLoss, check_classes
 from ff_lightning.partition import Block, Granularity, Hooked, Inputs, partition
 from ff_lightning.partition.block import main_output
+from ff_lightning.partition.channelwise import all_kept
 from ff_lightning.partition.trace import evaluating
 from ff_lightning.util.arguments import check_blocks, is_whole
 from ff_lightning.util.suggest import unknown
@@ -180,8 +181,9 @@ class LocalBlocks(nn.Module):
                 state = (outside, *out[1:]) if isinstance(out, tuple) else outside
             graphs.append(state)
             state = state_of(values)
-            for block in cast(Iterable[Block], self.blocks):
-                state = block(state)
+            with all_kept():
+                for block in cast(Iterable[Block], self.blocks):
+                    state = block(state)
         batch = {value.untyped_storage().data_ptr() for value in values}
         return [{address: size for address, size in found[0].items() if address in batch}, *found, counter.take()]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ff_lightning.partition.channelwise import join_channelwise
 from ff_lightning.partition.features import Features
 from ff_lightning.partition.ops import Op
 from ff_lightning.partition.trace import Call, evaluating
@@ -96,6 +97,7 @@ def build_blocks(features: Features, cuts: Sequence[int]) -> list[Block]:
                 keys = {key for key in own_buffers(module) if f"{name}.{key}".removeprefix(".") not in stored}
                 leave_out_of_state(module, keys)  # constants of the code, no state of the network
         block = Block(name_of(start, end), body, features.channel_dim(main))
+        join_channelwise(body)
         with evaluating(block):
             state = _run_untouched(block, state)
         block.map_shape = tuple(block.to_map(main_output(state)).shape[1:])

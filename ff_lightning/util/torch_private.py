@@ -31,6 +31,11 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that its call or its backward runs."""
+    return has_forward_hooks(module) or bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers of a module itself: what is changed here is changed there."""
     return module._buffers
