@@ -1,7 +1,9 @@
 """The code of the README runs as it stands there, on small data."""
 
+import csv
 import re
 
+import pytest
 import torch
 
 from ff_lightning import SFF, data
@@ -60,3 +62,49 @@ def test_sections_that_others_rely_on():
 
 def test_it_is_read_in_one_go():
     assert len(README.splitlines()) <= 200
+
+
+RESULTS = [*csv.DictReader((pages.ROOT / "docs/results.csv").open())]
+
+
+def rows_of_table(head):
+    """The cells of the table of the README whose first line begins with these."""
+    _, _, *rows = README[README.index(head) :].split("\n\n")[0].splitlines()
+    return [[cell.strip(" *") for cell in row.strip("| ").split(" | ")] for row in rows]
+
+
+def test_every_accuracy_of_the_readme_is_a_row_of_the_csv_file():
+    rows = rows_of_table("| data, network | SFF, block-wise | backpropagation |")
+    assert rows
+    for of_what, *cells in rows:
+        for method, cell in zip(("SFF", "Backprop"), cells, strict=True):
+            same = {
+                f"{row['mean']} ± {row['spread']}"
+                for row in RESULTS
+                if row["method"] == method and of_what.startswith(row["data"]) and f"`{row['network']}`" in of_what
+            }
+            assert cell in same | {"not run"}, of_what
+
+
+def test_every_cost_of_the_readme_is_a_row_of_the_csv_file():
+    rows = rows_of_table("| | kept for backward, 10 / 1000 classes |")
+    assert rows
+    for of_what, *cells in rows:
+        words = set(re.findall(r"[\w-]+", of_what)) - {"backprop", "the", "default"}
+        for metric, cell in zip(("kept for backward", "operations", "time"), cells, strict=True):
+            for classes, figure in zip((10, 1000), cell.split(" / "), strict=cell != "not run"):
+                same = {
+                    row["mean"]
+                    for row in RESULTS
+                    if row["metric"].startswith(metric)
+                    and row["setting"].endswith(f" {classes} classes")
+                    and words <= set(re.findall(r"[\w-]+", f"{row['method']} {row['setting']}"))
+                }
+                assert figure in same | {"not run"}, (of_what, metric)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/transfer.md"])
+def test_every_mean_with_its_spread_is_in_the_csv_file(page):
+    found = re.findall(r"([\d.]+) ± ([\d.]+)", (pages.ROOT / page).read_text())
+    assert found
+    assert {*found} <= {(row["mean"], row["spread"]) for row in RESULTS}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-FIRST = ("sff.md", "ff.md", "cwc.md", "scff.md", "pff.md")
+FIRST = ("sff.md", "ff.md", "cwc.md", "scff.md", "pff.md", "backprop.md", "localnet.md")
 
 
 def on_config(config: Any) -> Any:
