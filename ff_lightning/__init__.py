@@ -1,4 +1,4 @@
-"""Scalable Forward-Forward and local learning for any network, inside Lightning."""
+"""Scalable Forward-Forward and other local learning, for your own network, inside stock Lightning."""
 
 __version__ = "0.2.0"
 
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs Lightning when it is asked for: plain PyTorch users do not wait for it."""
+    """Import the names that need Lightning only when they are used: plain PyTorch users do not wait for it."""
     if name in ("data", "tasks"):
         return importlib.import_module(f"ff_lightning.{name}")
     if name in ("FF", "PFF", "SCFF", "SFF", "Backprop", "CwC", "LocalLearner"):

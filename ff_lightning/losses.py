@@ -1,4 +1,4 @@
-"""Local losses: what a single block is trained to do.
+"""Local losses: what a single block learns from.
 
 Shapes: B batch, K classes.
 """
@@ -44,8 +44,8 @@ class LogSumExpLoss(nn.Module):
 
     Args:
         label_smoothing: Share of the target that is spread evenly over all classes.
-        class_weights: (K,), how much the images of each class weigh; None: alike.
-        ignore_index: Images with this target do not count; None: there are none.
+        class_weights: Weights of the classes, (K,); None: equal.
+        ignore_index: Images with this target do not count; None: all images count.
 
     Raises:
         ValueError: If `label_smoothing` is outside 0 to 1.
@@ -140,8 +140,8 @@ def check_classes(target: Tensor, num_classes: int, ignore_index: int | None = N
 def similarity_loss(features: Tensor, target: Tensor, num_classes: int, mask: Tensor | None = None) -> Tensor:
     """Similarity matching: the mean squared difference between the similarities of features and those of targets.
 
-    The similarity of two images is the cosine of their centred vectors: for features the standard deviations of their
-    channels over space (the channels themselves for vectors), for targets one-hot classes.
+    The similarity of two images is the cosine of their centred vectors. For features, a vector holds the standard
+    deviation of each channel over space (for vectors, the channels themselves); for targets, the one-hot class.
 
     Args:
         features: (B, C, ...), floating.
@@ -177,7 +177,7 @@ def _similarities(x: Tensor) -> Tensor:
 
 
 def supervised_contrastive_loss(features: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
-    """Images of one class attract each other, all others repel; an image that is alone with its class does not count.
+    """Images of one class attract each other, all others repel; an image alone in its class does not count.
 
     Args:
         features: (B, D), of length 1.
@@ -222,8 +222,8 @@ def threshold_loss(positive: Tensor, negative: Tensor, theta: float | Tensor) ->
 class GroupLoss(nn.Module):
     """The three losses of channel-wise competition, on the goodness of the classes.
 
-    ``"ce"`` is the softmax cross-entropy; ``"pvn"`` sets the goodness of the true class above a threshold, and the mean
-    goodness of the others below it, by `threshold_loss`; ``"cwg"`` is 0.28 of the first and 0.72 of the second.
+    ``"ce"`` is the softmax cross-entropy. ``"pvn"`` pushes the goodness of the true class above a threshold and the
+    mean goodness of the others below it, by `threshold_loss`. ``"cwg"`` is 0.28 of the first plus 0.72 of the second.
 
     Args:
         kind: ``"ce"``, ``"pvn"`` or ``"cwg"``.

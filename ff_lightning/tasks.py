@@ -1,4 +1,4 @@
-"""Tasks: what the targets are, which loss belongs to them, and by which figures an answer is judged.
+"""Tasks: kinds of targets, each with its loss and the figures that judge an answer.
 
 Shapes: B batch, K scores, L blocks.
 """
@@ -16,16 +16,16 @@ from ff_lightning.util.arguments import check_choice, check_number, check_switch
 
 
 class Task:
-    """What is learnt: a subclass gives the criterion, the check of targets and the figures.
+    """A kind of target. A subclass gives the criterion, the check of targets and the figures.
 
     Attributes:
-        num_classes: K; set when a model takes the task.
+        num_classes: K; the model sets it.
     """
 
     monitor: tuple[str, str] = ("val/loss", "min")
-    """The logged figure that tells the best checkpoint, and whether it should be high (``"max"``) or low."""
+    """The logged figure that chooses the best checkpoint, and whether it should be high (``"max"``) or low."""
     figure_names: tuple[str, ...] = ()
-    """Names of what `figures` gives."""
+    """Names of the figures that `figures` returns."""
     metrics: tuple[str, ...] = ()
     """Names of the metrics that are logged unless others are asked for."""
     known_metrics: ClassVar[dict[str, Callable[[int], Metric]]] = {}
@@ -48,7 +48,7 @@ class Task:
             target: What a loader gave.
             batch: B.
             training: Whether it is trained on.
-            look: Whether to look at the values also where that waits for a device.
+            look: Whether to check the values even if that waits for a device.
         """
 
     def figures(self, scores: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -91,8 +91,8 @@ class Classification(Task):
     Targets are class numbers (B,), int64; in training also probabilities (B, K), as mixup and cutmix make them.
 
     Args:
-        class_weights: How much the samples of each class weigh in the loss, K numbers; None: alike.
-        ignore_index: Samples with this target count neither in the loss nor in the figures; None: there are none.
+        class_weights: Weights of the classes in the loss, K numbers; None: equal.
+        ignore_index: Samples with this target count neither in the loss nor in the figures; None: all samples count.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -173,7 +173,7 @@ class MultiLabel(Task):
     Targets are 0 or 1 for each label, (B, K), floating or whole numbers; a score above 0 says that a label applies.
 
     Args:
-        label_weights: How much the presence of each label weighs against its absence, K numbers; None: alike.
+        label_weights: Weight of a present label against an absent one, for each label, K numbers; None: 1.
     """
 
     monitor = ("val/map", "max")
@@ -229,7 +229,7 @@ class Regression(Task):
     Targets are floating, (B, K); (B,) for K = 1.
 
     Args:
-        robust: Whether the loss is the smooth absolute error (Huber's, with a width of 1) in place of the squared one.
+        robust: Whether the loss is Huber's (with a width of 1) instead of the squared error.
     """
 
     monitor = ("val/mae", "min")
@@ -273,14 +273,14 @@ class Regression(Task):
 
 
 class Unlabelled(Task):
-    """No target at all: the loss of the method is what is logged."""
+    """No target: only the loss of the method is logged."""
 
 
 class NextToken(Task):
     """The next token at each place of a text, out of K; logged as ``acc`` and ``perplexity``. For causal networks.
 
-    Scores are (B, T, K), as those of the head ``"tokens"``; place t answers for the token at t + 1. Targets are the
-    token ids themselves (B, T), int64, `IGNORED` where none is to be told, such as padding.
+    Scores are (B, T, K), such as those of the head ``"tokens"``; place t predicts the token at t + 1. Targets are the
+    token ids themselves (B, T), int64, or `IGNORED` where nothing is to be predicted, such as padding.
     """
 
     monitor = ("val/perplexity", "min")
@@ -305,7 +305,7 @@ class NextToken(Task):
         return {"acc": (scores.argmax(-1) == target).float().flatten(-2)}
 
     def counted(self, target: Tensor) -> Tensor | None:
-        """The tokens that are to be told, (B (T - 1),)."""
+        """The tokens that are to be predicted, (B (T - 1),)."""
         return (target[:, 1:] != IGNORED).flatten()
 
     def for_metric(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

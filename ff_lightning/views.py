@@ -1,4 +1,4 @@
-"""Views of a batch for contrastive methods: where a label is put into an input, and what negative data are.
+"""Views of a batch for contrastive methods: labels written into inputs, and negative data.
 
 Shapes: B batch, K classes, C channels, H x W positions, F numbers.
 """
@@ -18,11 +18,11 @@ from ff_lightning.util.arguments import check_choice, check_whole
 def overlay(x: Tensor, labels: Tensor) -> Tensor:
     """Write the labels over the first K values of each sample.
 
-    A label of 0 becomes the smallest value of the sample, a label of 1 the largest: the border of a digit has room for
-    this, that of a photograph does not.
+    A label of 0 becomes the smallest value of the sample, a label of 1 the largest. Digits have an empty border for
+    this; photographs do not.
 
     Args:
-        x: (B, ...), floating; not changed.
+        x: (B, ...), floating; it is not changed.
         labels: Shares of the classes, (B, K), floating: one-hot, or 1 / K for the neutral label.
 
     Returns:
@@ -40,7 +40,7 @@ def overlay(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def concat(x: Tensor, labels: Tensor) -> Tensor:
-    """Put the labels in front of a sample that is made a vector: (B, ...) and (B, K) -> (B, K + F).
+    """Flatten each sample and put its label first: (B, ...) and (B, K) -> (B, K + F).
 
     Source: Gandhi et al., Extending the Forward Forward Algorithm, arXiv 2307.04205.
     """
@@ -50,8 +50,8 @@ def concat(x: Tensor, labels: Tensor) -> Tensor:
 def label_map(x: Tensor, labels: Tensor) -> Tensor:
     """Add a channel that shows the label at each position: (B, C, H, W) and (B, K) -> (B, C + 1, H, W).
 
-    Class k is a plane wave of four pixels' length in the direction of the angle pi k / K, from -1 to 1: a convolution
-    tells the classes apart wherever it looks. Shares of classes give the mean of their waves.
+    Class k is a plane wave from -1 to 1, four pixels long, in the direction of the angle pi k / K, so a convolution can
+    tell the classes apart at every position. Shares of classes give the mean of their waves.
 
     Source: after Scodellaro et al., Training Convolutional Neural Networks with the Forward-Forward Algorithm, arXiv
     2312.14924; the waves are ours.
@@ -94,12 +94,12 @@ def labelled_shape(label: str, shape: Sequence[int], num_classes: int) -> tuple[
 
 
 def wrong_labels(target: Tensor, num_classes: int) -> Tensor:
-    """A class for each sample that is not its own, all others being equally likely: (B,) -> (B,), int64."""
+    """A wrong class for each sample, all wrong ones equally likely: (B,) -> (B,), int64."""
     return (target + torch.randint_like(target, 1, num_classes)) % num_classes
 
 
 def hard_labels(target: Tensor, scores: Tensor) -> Tensor:
-    """A class for each sample that is not its own, drawn from the soft-max of scores: the model's likely mistakes.
+    """A wrong class for each sample, drawn from the soft-max of scores: the model's likely mistakes.
 
     Args:
         target: Class numbers, (B,), int64.
@@ -122,10 +122,10 @@ def blurred_masks(masks: Tensor, blurs: int) -> Tensor:
 
     Args:
         masks: Of zeros and ones, (B, 1, H, W), floating.
-        blurs: How often; the border is repeated outwards.
+        blurs: Number of times; the border is repeated outwards.
 
     Returns:
-        Zeros and ones, (B, 1, H, W): patches that are the larger, the more often it is blurred.
+        Zeros and ones, (B, 1, H, W): more blurring gives larger patches.
     """
     kernel = masks.new_tensor([0.25, 0.5, 0.25])
     for _ in range(blurs):
@@ -138,7 +138,7 @@ def hybrids(x: Tensor, blurs: int = 6) -> Tensor:
 
     Args:
         x: (B, C, H, W), floating.
-        blurs: See `blurred_masks`; the paper does not say how many, 6 is that of a port.
+        blurs: See `blurred_masks`. The paper does not give the number; 6 is that of another implementation.
 
     Raises:
         ValueError: If the inputs are no images, or if there is no other image in the batch.
@@ -160,16 +160,16 @@ def hybrids(x: Tensor, blurs: int = 6) -> Tensor:
 
 
 def same(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sample beside itself."""
+    """Each sample paired with itself."""
     return x, x
 
 
 def shifts(x: Tensor, most: int = 2) -> tuple[Tensor, Tensor]:
-    """Two views of each image, moved by up to `most` pixels; what comes in at an edge repeats it.
+    """Two views of each image, moved by up to `most` pixels; the edge is repeated.
 
     Args:
         x: (B, C, H, W), floating.
-        most: In each direction, all of 2 most + 1 places being equally likely.
+        most: Largest shift in each direction; all 2 most + 1 shifts are equally likely.
 
     Raises:
         ValueError: If the inputs are no images.

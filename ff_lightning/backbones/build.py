@@ -35,7 +35,7 @@ def build_backbone(
     weights: str | None = None,
     vocabulary: int | None = None,
 ) -> nn.Module:
-    """Build a network by its name, fit for samples of a shape.
+    """Build a network by its name, for samples of a shape.
 
     Args:
         name: ``"cnn"``, ``"cfse"``, ``"mlp"``, ``"signal"`` or ``"text"``, the name of a torchvision classification

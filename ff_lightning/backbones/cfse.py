@@ -8,9 +8,9 @@ from ff_lightning.util.arguments import check_whole
 
 
 def cfse(num_classes: int = 10, in_channels: int = 3, channels: Sequence[int] = (20, 80, 240, 480)) -> nn.Sequential:
-    """Blocks of a 3x3 convolution, ReLU and batch norm; every second one keeps the channels of each class apart.
+    """Blocks of a 3x3 convolution, ReLU and batch norm; every second block has a group of channels for each class.
 
-    The second, fourth, ... convolution has a group for each class, and a max-pool that halves the map behind its ReLU.
+    The second, fourth, ... convolution has a group for each class, and after its ReLU a max-pool that halves the map.
 
     Args:
         num_classes: K, the number of groups.
@@ -21,7 +21,7 @@ def cfse(num_classes: int = 10, in_channels: int = 3, channels: Sequence[int] = 
         A network of blocks alone, without a classifier.
 
     Raises:
-        ValueError: If a number of channels is no multiple of K.
+        ValueError: If a number of channels is not a multiple of K.
 
     Source: Papachristodoulou et al., Convolutional Channel-wise Competitive Learning for the Forward-Forward Algorithm,
     arXiv 2312.12668; these channels are those of their code for MNIST, Fashion-MNIST and CIFAR-10.

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def mlp(num_classes: int = 10, in_features: int = 784, widths: Sequence[int] = (512, 512, 512)) -> nn.Sequential:
-    """A layer for each width, linear with batch norm and ReLU, and a linear classifier.
+    """For each width a linear layer with batch norm and ReLU; then a linear classifier.
 
     Args:
         num_classes: Outputs of the classifier.

@@ -19,8 +19,8 @@ def signal(num_classes: int = 10, in_channels: int = 1, width: int = 32) -> nn.S
         width: Channels of the stem and of the first two blocks; the others have 2 and 4 times as many.
 
     Returns:
-        A network from (B, C, T) to (B, num_classes), T of 32 and up: the stem halves the resolution, and every other
-        block does again.
+        A network from (B, C, T) to (B, num_classes), for T of 32 or more. The stem and every other block halve the
+        resolution.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict(stem=_layer(in_channels, width, 2))
     channels = width

@@ -13,10 +13,10 @@ _REDUCTION = 8  # of a small stem: 32 pixels become maps of 4 x 4
 def small_stem(model: nn.Module) -> nn.Module:
     """Adapt a network for images of 224 pixels to images of about 32: a stem that keeps the resolution.
 
-    From the front, convolutions lose their stride and poolings go, until the network reduces an image to an eighth of
-    its side (32 pixels to maps of 4 x 4); a first convolution larger than 3x3 becomes a 3x3 one. So ResNets lose the
-    stride and the pooling of the stem, as is usual for CIFAR; MobileNets and EfficientNets lose the strides of the stem
-    and of the first strided block. Warns where the network has no strided stem.
+    Starting at the first layers, strides of convolutions and poolings are removed until the last maps have an eighth of
+    the image's side (4 x 4 for 32 pixels). A first convolution larger than 3x3 becomes 3x3. So ResNets lose the stride
+    and the pooling of the stem, as is usual for CIFAR; MobileNets and EfficientNets lose the strides of the stem and of
+    the first strided block. Warns if the network has no strided stem.
 
     Raises:
         ValueError: If the network cannot be traced; see `ff_lightning.partition`.
@@ -74,6 +74,6 @@ def like(convolution: nn.Conv2d, **changes: int) -> nn.Conv2d:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module into the place of another one."""
+    """Replace a module by another one."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

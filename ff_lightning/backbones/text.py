@@ -26,11 +26,11 @@ def text(
         width: D, a multiple of `heads`; the hidden layers have four times as many.
         depth: Number of layers.
         heads: Of the attention.
-        dropout: Share of the values dropped behind embeddings, attention and hidden layers.
+        dropout: Share of the values dropped after embeddings, attention and hidden layers.
 
     Returns:
-        A network from `input_ids` (B, T), int64, and `attention_mask` (B, T) to (B, num_classes). The mask is true or
-        1 at tokens and false or 0 at padding, which may stand at either end; without it there is none.
+        A network from `input_ids` (B, T), int64, and `attention_mask` (B, T) to (B, num_classes). The mask is true or 1
+        at tokens, and false or 0 at padding, which may be at either end. Without a mask there is no padding.
     """
     return _Encoder(num_classes, vocabulary, length, width, depth, heads, dropout)
 

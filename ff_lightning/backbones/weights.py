@@ -48,7 +48,7 @@ _OF_A_BLOCK = re.compile(r"(?:.+\.)?blocks\.\d+\.body\.(.+)")
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state dict of the same network; its classifier may be one for other classes and then starts anew.
+    """Load a state dict of the same network; a classifier for other classes is left out.
 
     Args:
         model: The network.

@@ -1,4 +1,4 @@
-"""Side matters: what is reported and drawn of a run, its best and its last checkpoint, which block is trained when."""
+"""Callbacks: reports and pictures of a run, the best and the last checkpoint, which block is trained when."""
 
 from ff_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from ff_lightning.callbacks.greedy import GreedyBlocks

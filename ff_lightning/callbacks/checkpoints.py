@@ -1,4 +1,4 @@
-"""The best checkpoint of a run, also of one that was resumed, and the last one, also of one that is asked to stop."""
+"""The best checkpoint of a run, even if it was resumed, and the last one, even if it is stopped."""
 
 import itertools
 import signal
@@ -23,7 +23,7 @@ from ff_lightning.util.arguments import check_path, check_whole
 class BestCheckpoint(ModelCheckpoint):
     """A `ModelCheckpoint` of the best epoch, by the figure that the task of the model names unless another is given.
 
-    It remembers, in a resumed run with a folder of its own, which one was best before.
+    A resumed run, which has its own folder, remembers which checkpoint was best before.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -46,15 +46,15 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``, from which a run goes on; Ctrl-C and SIGTERM write it at the end of the running batch.
 
-    On several processes all stop after the same batch, whichever of them got the signal: the one after that in which it
-    came, since nobody waits for the others after each batch. The signal by which SLURM
-    announces the end of a job (`SLURMEnvironment`, SIGUSR1 by default) waits for the end of the batch too, and
-    Lightning then saves and requeues. A second Ctrl-C stops at once: it leaves the checkpoint that was there before, as
-    does an error, such as a loss that is not finite. After the run, the signals belong to whom they did before.
+    On several processes all stop after the same batch, whichever of them got the signal: one batch after that in which
+    it came, because processes do not wait for each other after every batch. SLURM's signal before the end of a job
+    (`SLURMEnvironment`, SIGUSR1 by default) also waits for the end of the batch; Lightning then saves and requeues. A
+    second Ctrl-C stops at once. It leaves the previous checkpoint, and so does an error, such as a loss that is not
+    finite. After the run the previous signal handlers are restored.
 
     Args:
         dirpath: Its folder; None: the folder of the run.
-        every_n_train_steps: Write it every so many steps too; None: after each epoch only.
+        every_n_train_steps: Also write it after every this many steps; None: only after each epoch.
     """
 
     def __init__(self, dirpath: str | None = None, every_n_train_steps: int | None = None) -> None:

@@ -10,18 +10,17 @@ from ff_lightning.util.arguments import check_whole
 
 
 class GreedyBlocks(Callback):
-    """Trains block 0 for some epochs, then block 1 on what the frozen block 0 gives, and so on.
+    """Trains block 0 for some epochs, then block 1 on the output of the frozen block 0, and so on.
 
-    A run has as many epochs as blocks times `epochs_per_block`, and each block goes through the whole schedule of the
-    learning rate in its turn. Blocks below run without a graph, blocks above do not run; those that have had their turn
-    vote.
+    A run has `epochs_per_block` epochs for each block. In its turn a block goes through the whole schedule of the
+    learning rate; blocks below run without a graph, blocks above do not run. The blocks that had their turn vote.
 
     Args:
         epochs_per_block: Number of epochs of each block.
 
     Raises:
-        ValueError: At the start of the run, if its number of epochs is another one, or if the model does not train
-            by manual optimization.
+        ValueError: At the start of the run, if it has another number of epochs, or if the model does not train by
+            manual optimization.
     """
 
     def __init__(self, epochs_per_block: int) -> None:

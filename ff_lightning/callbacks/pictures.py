@@ -1,4 +1,4 @@
-"""Pictures of a test: what is confused, the worst mistakes, how sure the answers are, what each block knows.
+"""Pictures of a test: confused classes, the worst mistakes, how sure the answers are, the accuracy of each block.
 
 Shapes: B batch, K classes, N samples of the test, U units.
 """
@@ -27,13 +27,13 @@ PANELS = 6
 class Pictures(Callback):
     """Draws a test of a classifier: ``confusion``, ``mistakes``, ``goodness`` and ``blocks``.
 
-    `confusion` is how often each class was the answer to each class; `mistakes` are the images whose best wrong class
-    is furthest above the true one; `goodness` is that of the true class against that of the best wrong one, for units
-    and vote; `blocks` is the accuracy of each unit. Scores are computed once more for it: the test takes about twice as
-    long. Names of the classes and the normalisation of the images are those of the data module.
+    `confusion` is how often each class was taken for each other; `mistakes` are the images whose best wrong class is
+    furthest above the true one; `goodness` is that of the true class against the best wrong one, for units and vote;
+    `blocks` is the accuracy of each unit. The scores are computed a second time for it, so the test takes about twice
+    as long. The data module gives the names of the classes and the normalisation.
 
     Args:
-        folder: Where the pictures go; it is made, and pictures of the same names are replaced.
+        folder: Folder of the pictures; it is created, and pictures of the same names are replaced.
         ending: ``"png"`` or ``"svg"``.
 
     Raises:

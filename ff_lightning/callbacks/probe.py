@@ -1,4 +1,4 @@
-"""A linear read-out that is trained beside the run."""
+"""A linear read-out that is trained during the run."""
 
 from typing import Any
 
@@ -17,16 +17,16 @@ from ff_lightning.util.arguments import check_number, check_whole
 
 
 class OnlineProbe(Callback):
-    """Trains a linear read-out of `representation` on each batch, behind the model; logs ``val/probe_acc``.
+    """Trains a linear read-out of `representation` on each batch, after the model; logs ``val/probe_acc``.
 
-    The model does not learn from it, and ends in the same weights as without. On several processes the read-out is the
-    same in all of them. It is in checkpoints, and goes on from there. `train/probe_loss` and ``test/probe_acc`` are
-    logged too. The classes are those of the batches, also where the model does not look at them. For a figure to
-    publish see `ff_lightning.local.probes.final_probe` and ``ff-lightning probe``.
+    The model does not learn from it, and ends in the same weights as without it. All processes have the same read-out.
+    Checkpoints hold it, and a resumed run continues it. ``train/probe_loss`` and ``test/probe_acc`` are logged too. It
+    uses the classes of the batches, even if the model does not. For a figure to publish see
+    `ff_lightning.local.probes.final_probe` and ``ff-lightning probe``.
 
     Args:
         lr: Learning rate of the read-out, by Adam.
-        num_classes: K; None: as many as the data module says, or the model.
+        num_classes: K; None: that of the data module, or of the model.
 
     Raises:
         ValueError: If an argument is out of its range; in the run, if the model has no representation, if the number of

@@ -13,7 +13,7 @@ from ff_lightning.local.windows import Windows, spans
 
 
 class BlockTable(Callback):
-    """Prints what blocks and windows are before training, and how accurate each block and the vote are after it."""
+    """Prints the blocks and windows before training, and the accuracy of each block and of the vote after it."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the blocks, and the windows where they are longer than a block."""
@@ -96,8 +96,8 @@ class LogShortEpochs(Callback):
 def kept_per_image(net: LocalNet) -> tuple[int, int]:
     """Bytes that autograd keeps at most for one image in training: with local losses, and by backpropagation.
 
-    Heads are in the first figure; parameters and the loss itself do not count. Backpropagation is that of the blocks as
-    they are, without norms between them and without a classifier. Networks that run by hooks are not counted: (0, 0).
+    The first figure includes heads; parameters and the loss itself do not count. Backpropagation is that through the
+    blocks, without norms between them and without a classifier. Networks that run by hooks are not counted: (0, 0).
     """
     if net.hooked is not None:
         return 0, 0

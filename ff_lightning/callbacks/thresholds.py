@@ -1,4 +1,4 @@
-"""Thresholds of Forward-Forward that move in the run."""
+"""Thresholds of Forward-Forward that change during the run."""
 
 from functools import partial
 from typing import Any, cast
@@ -11,12 +11,12 @@ from ff_lightning.util.arguments import check_number, check_whole, for_each
 
 
 class Thresholds(Callback):
-    """Multiplies the thresholds of `FF` by a rate every so many epochs; logged as ``train/block00_theta``.
+    """Multiplies the thresholds of `FF` by `rate` every `every` epochs; logs ``train/block00_theta``.
 
-    The threshold in epoch e is ``multiplier * rate ** (e // every)``; it is in checkpoints, with the weights.
+    The threshold in epoch e is ``multiplier * rate ** (e // every)``. Checkpoints hold it with the weights.
 
     Args:
-        multiplier: Threshold per feature in the first epoch: of all blocks, or a list with one for each.
+        multiplier: Threshold per feature in the first epoch: one for all blocks, or a list with one for each.
         rate: Factor.
         every: Number of epochs between two changes.
 

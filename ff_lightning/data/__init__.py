@@ -1,4 +1,4 @@
-"""LightningDataModules: one base for splits and loaders, then one room or file for each kind."""
+"""LightningDataModules: one base for splits and loaders, and a file or folder for each kind of data."""
 
 from ff_lightning.data.base import DataModule
 from ff_lightning.data.images.base import ImageData

@@ -6,8 +6,8 @@
       |  loaders.py                          whole batches, the same again in a run that was resumed
     (inputs, targets)                        float32 (B, ...) or a dict; int64 (B,), or float32 (B,) or (B, K)
 
-A data set says how its training and its test samples are read; validation is cut from the training samples, with a
-seed of its own, and the test samples are touched by ``test`` and ``predict`` alone.
+A data set says how its training and test samples are read. Validation is cut from the training samples, with its own
+seed; only ``test`` and ``predict`` use the test samples.
 """
 
 import os
@@ -39,19 +39,19 @@ from ff_lightning.util.arguments import check_choice, check_keywords, check_numb
 class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one more argument, strict, for models
     """Base of the data modules.
 
-    All of them have the same defaults, so that another ``--data`` on the command line changes nothing else. A data
-    module has `class_names` and `input_shape` as class attributes, or sets them in its `__init__` before it calls this
-    one, and implements `read_train` and `read_test`; `read_val` only where it has validation samples of its own.
+    All of them have the same defaults, so that another ``--data`` on the command line changes nothing else. A subclass
+    has the class attributes `class_names` and `input_shape`, or sets them in its `__init__` before it calls this one.
+    It implements `read_train` and `read_test`, and `read_val` if it comes with validation samples.
 
     Args:
         batch_size: Samples per batch and process.
         val_fraction: Share of the training samples that becomes the validation set, the same for each class.
         seed: Seed of the splits.
-        samples_per_class: So many training samples of each class, instead of all.
-        subset: So many training samples in all, of each class its share.
-        val_from: With a subset: whether validation samples are cut from this ``"subset"``, since whoever has few labels
-            has no others, or are those of the whole set (``"rest"``), and the subset is taken from what they leave.
-        classes: Numbers or names of classes: only these, numbered from 0 in this order.
+        samples_per_class: Number of training samples of each class; None: all.
+        subset: Number of training samples, the same share of each class; None: all.
+        val_from: With a subset: ``"subset"`` cuts validation from it, since someone with few labels has no others;
+            ``"rest"`` cuts validation from the full set first, and draws the subset from the remainder.
+        classes: Numbers or names of the classes to use, numbered from 0 in this order; None: all.
 
     Attributes:
         task: ``"classification"``: targets are numbers of classes, int64 (B,). ``"multilabel"``: zeros and ones,
@@ -59,7 +59,7 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
         class_names: Names of the classes in the order of their numbers; of the labels or outputs in other tasks.
         num_classes: K, the number of them.
         input_shape: Shape of a sample.
-        vocabulary: Number of different ids where samples are token ids, else None.
+        vocabulary: Number of token ids if samples are token ids, else None.
 
     Raises:
         ValueError: If an argument is out of its range, or chooses classes where the task has none.
@@ -125,7 +125,7 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
         raise NotImplementedError(f"{type(self).__name__} must implement read_train")
 
     def read_val(self) -> Any:
-        """The validation samples of the data set itself; None: they are cut from the training samples."""
+        """The validation samples that the data set comes with; None: they are cut from the training samples."""
         return None
 
     def read_test(self) -> Any:
@@ -150,7 +150,7 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
         raise NotImplementedError(f"{type(self).__name__} must implement make_splits")
 
     def finish(self, split: Split) -> Any:
-        """What makes a batch out of what the split gives, in the process that uses it."""
+        """A function from what the split gives to a batch, run in the process that uses the batch."""
         return as_it_is
 
     # ------------------------------------------------------------------------------------------------------- splits
@@ -170,10 +170,11 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
             (self.test_set,) = self._whole("test", "test", self.read_test())
 
     def training_samples(self, has_val: bool) -> tuple[Any, Targets, Indices, Indices | None]:
-        """What is read for training, all targets in it, and the numbers of the samples to train and to validate on.
+        """The samples that are read for training, all their targets, and the numbers of those to train and to validate
+        on.
 
         Args:
-            has_val: Whether there are other samples to validate on; the last numbers are then None.
+            has_val: Whether there are separate validation samples; the last numbers are then None.
         """
         samples = self.read_train()
         targets = self._targets("training", samples)
@@ -223,7 +224,7 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
     # ------------------------------------------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
-        """Shuffled anew each epoch, the same way in a run that was resumed; the last partial batch is left out."""
+        """Shuffled in each epoch, the same way in a resumed run; a last batch that is not full is skipped."""
         self._check_world(self.train_set, "training")
         full = len(self.train_set) >= self.batch_size * self._world()[0]
         sampler = EpochSampler(self.train_set, *self._world(), seed=self._order_seed, drop_last=full)
@@ -271,9 +272,9 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the seed of order and augmentation, so that a run goes on with the same ones."""
+        """For a checkpoint: the seed of order and augmentation, so that a resumed run has the same."""
         return {"order_seed": self._order_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with order and augmentation of the run that was interrupted."""
+        """Take order and augmentation from the interrupted run."""
         self._order_seed = state_dict["order_seed"]

@@ -148,12 +148,12 @@ def _target(records: Records, name: str, task: str) -> Targets:
 class TableEncoder:
     """Numbers standardised, categories one-hot, in the order of the columns.
 
-    A column is numeric where most of its values are numbers. What is missing, and a category that was not there when
-    it was fitted, is 0: the mean of a numeric column, none of the categories of another.
+    A column is numeric if most of its values are numbers. Missing values and unknown categories become 0: the mean of a
+    numeric column, no category of another.
 
     Args:
         categorical: Columns of categories, also where these are numbers.
-        on_missing: What is missing is an error (``"raise"``), or is 0 (``"fill"``).
+        on_missing: A missing value is an error (``"raise"``), or becomes 0 (``"fill"``).
     """
 
     input_shape: tuple[int, ...]

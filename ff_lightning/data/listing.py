@@ -1,4 +1,4 @@
-"""Which files of a folder are samples of which class; what file managers and notebooks leave behind is neither."""
+"""Which files of a folder are samples of which class, without those that file managers and notebooks leave behind."""
 
 import logging
 import os
@@ -20,8 +20,8 @@ Identity = tuple[int, int]
 class Listing(NamedTuple):
     """What lies in the folders of the classes.
 
-    A sample is what has one of the endings, readable or not: a dangling link, a pipe and a folder are, too. So is a
-    folder that cannot be listed or leads back to one above it. Whoever reads such a sample gets an error that names it.
+    A sample is anything with one of the endings, readable or not, even a broken link, a pipe or a folder; and a folder
+    that cannot be listed or leads back to one above it. Reading such a sample gives an error that names it.
     """
 
     files: dict[str, list[str]]

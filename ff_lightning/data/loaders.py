@@ -1,4 +1,4 @@
-"""Loaders whose batches are made as a whole, and which go on where they stopped."""
+"""Loaders that make whole batches at once, and that continue where they stopped."""
 
 import itertools
 import logging
@@ -79,8 +79,8 @@ def as_it_is(batch: Any) -> Any:
 class BatchLoader(DataLoader[Any]):
     """A loader over a `Split`; `finish` makes its batches ready in this process, on the device where they are used.
 
-    That is done here and not in a hook of Lightning, so that a plain loop, a Trainer and a user's own hooks all see
-    the same batches.
+    This is not done in a hook of Lightning, so that a plain loop, a Trainer and the user's own hooks all see the same
+    batches.
     """
 
     def __init__(self, *args: Any, finish: Callable[[Any], Any], **kwargs: Any) -> None:
@@ -93,11 +93,11 @@ class BatchLoader(DataLoader[Any]):
 
 
 class ResumableLoader(BatchLoader):
-    """A loader that goes on in the middle of an epoch: its state is the number of samples that were given in it.
+    """A loader that continues in mid-epoch: its state is the number of samples already given in the epoch.
 
-    They are counted over all processes: a run goes on behind them also with another batch size, or on another number of
-    processes. Whoever calls ``set_epoch`` of the sampler, as a Trainer does, says what epoch it is. Where nobody does,
-    each pass is the next epoch of the split, also that of another loader.
+    Samples are counted over all processes, so a run can continue with another batch size or number of processes.
+    ``set_epoch`` of the sampler, which a Trainer calls, sets the epoch. If it is never called, each pass is the next
+    epoch of the split, also with a new loader.
     """
 
     images = 0
@@ -147,15 +147,15 @@ class ResumableLoader(BatchLoader):
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Positions of samples, each with its epoch: the augmentation of a sample hangs on both and the seed alone."""
+    """Positions of samples, each with its epoch: augmentation depends only on these two and the seed."""
 
     start = 0
-    """Samples of all processes to leave out of the next epoch: they were seen before the run was interrupted."""
+    """Number of samples, over all processes, to skip in the next epoch: they were seen before the interruption."""
     is_told = False
-    """Whether somebody says what epoch it is."""
+    """Whether ``set_epoch`` was called."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Say what epoch it is, from now on always."""
+        """Set the epoch; from now on passes no longer count it."""
         super().set_epoch(epoch)
         self.is_told = True
 

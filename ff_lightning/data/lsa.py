@@ -16,9 +16,9 @@ from ff_lightning.data.memory import Samples
 
 
 class LSAEncoder:
-    """TF-IDF of the words of a text, cut down to its F strongest directions, standardised: float32 (F,).
+    """TF-IDF of the words of a text, reduced to its F strongest directions and standardised: float32 (F,).
 
-    Words, directions and statistics are those of the texts it is fitted to.
+    It learns words, directions and statistics from the texts it is fitted to.
 
     Args:
         vocabulary: Most words.

@@ -1,4 +1,4 @@
-"""What tables, signals and texts share: they are held in memory, and made ready by what the training split says.
+"""What tables, signals and texts share: they are held in memory, and encoded by means of the training split.
 
     read("train" / "val" / "test")     samples with their targets, as they are in the files
       |  test_fraction                 the test samples where no file has them, the same for every seed
@@ -78,15 +78,16 @@ class Encoder(Protocol):
 class MemoryData(DataModule):
     """Base of the data modules that are held in memory.
 
-    A data set sets `task` and what `read` needs before it calls `__init__` of this class, which reads the training
-    samples and fits the encoder.
+    A subclass sets `task`, and all that its `read` needs, before it calls `__init__` of this class, which reads the
+    training samples and fits the encoder.
 
     Args:
         kwargs: batch_size, val_fraction, seed, samples_per_class, subset, val_from, classes; see `DataModule`.
 
     Attributes:
-        statistics: Means and standard deviations by which inputs are standardised, where they are.
-        target_statistics: Mean and standard deviation by which targets are standardised, (K,) each, where they are.
+        statistics: Means and standard deviations of the inputs before standardising, if they are standardised.
+        target_statistics: Mean and standard deviation of the targets before standardising, (K,) each, if they are
+            standardised.
     """
 
     test_fraction: float = 0.2
@@ -112,7 +113,7 @@ class MemoryData(DataModule):
     # ------------------------------------------------------------------------------------- what a data set fills in
 
     has_test = False
-    """Whether `read` knows test samples; else they are cut from the training samples."""
+    """Whether `read` gives test samples; otherwise they are cut from the training samples."""
 
     def read(self, split: str) -> Any:
         """The `Samples` of ``"train"``, ``"val"`` or ``"test"``; None where there is nothing for a split."""
@@ -179,17 +180,17 @@ class MemoryData(DataModule):
 
 
 class FileData(MemoryData):
-    """Base of those that read files of the user's own.
+    """Base of the data modules that read the user's own files.
 
     Args:
         train: The training samples.
         val: The validation samples; None: they are cut from `train`.
         test: The test samples; None: they are cut from `train`.
-        test_fraction: Share of `train` that becomes the test set where there is no `test`: the same samples for every
+        test_fraction: Without `test`, the share of `train` that becomes the test set: the same samples for every
             `seed`, and the same share of each class.
         task: ``"classification"``, ``"multilabel"`` or ``"regression"``.
-        standardise_target: Whether targets of a regression are standardised with the statistics of the training split
-            (`target_statistics`): errors are then in standard deviations, not in the units of the target.
+        standardise_target: Whether targets of a regression are standardised by the training split
+            (`target_statistics`). Errors are then in standard deviations, not in the unit of the target.
         kwargs: batch_size, val_fraction, seed, samples_per_class, subset, val_from, classes; see `DataModule`.
     """
 

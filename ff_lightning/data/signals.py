@@ -25,7 +25,7 @@ Signal = np.ndarray[Any, Any]
 
 
 class SignalEncoder:
-    """Signals of one length, each channel standardised; what is missing at the end is 0, the mean.
+    """Signals of one length, each channel standardised. Shorter signals are filled up with 0, the mean.
 
     Args:
         length: T; None: that of the longest signal of the training split.
@@ -71,10 +71,10 @@ class SignalEncoder:
 
 
 class Signals(FileData):
-    """Signals of the user's own: an npz file, or a folder of wav files. A sample is float32 (C, T).
+    """Your own signals: an npz file, or a folder of wav files. A sample is float32 (C, T).
 
-    Each channel is standardised with the mean and deviation of the training split. Signals are cut off at `length`;
-    shorter ones are followed by zeros.
+    Each channel is standardised by the training split. Signals are cut off at `length`; shorter ones are filled up with
+    zeros.
 
     Args:
         train: An npz file with the arrays ``x`` (N, T) or (N, C, T) and ``y``: classes (N,), zeros and ones (N, K), or

@@ -15,19 +15,19 @@ from ff_lightning.util.arguments import check_choice, check_delimiter, check_swi
 
 
 class Tabular(FileData):
-    """A table of the user's own: csv, tsv, jsonl or parquet (with pandas), one sample in a row.
+    """Your own table: csv, tsv, jsonl or parquet (with pandas), one sample in a row.
 
-    Columns of numbers are standardised with the mean and deviation of the training split; other columns are one-hot, a
-    category for each of their values in the training split. A sample is float32 (F,).
+    Columns of numbers are standardised by the training split. Other columns are one-hot, with a category for each of
+    their values in the training split. A sample is float32 (F,).
 
     Args:
         train: File of the training samples, with the names of its columns in the first line.
         target: Column of the target: classes; for ``task="multilabel"`` a list of columns of 0 and 1; for
             ``task="regression"`` one or more columns of numbers.
         categorical: Columns of categories; None: those in which less than half of the values are numbers.
-        drop: Columns that are left out, such as a number of the row.
-        on_missing: A value that is missing (nothing, ``NA``, ``NaN``, ``null``, ``?``) is an error (``"raise"``), or is
-            filled (``"fill"``) by the mean of its column in the training split, or by no category.
+        drop: Columns to leave out, such as a row number.
+        on_missing: A missing value (nothing, ``NA``, ``NaN``, ``null``, ``?``) is an error (``"raise"``) or is filled
+            (``"fill"``): numeric columns get their mean, other columns no category.
         delimiter: Between the values of a line; None: a comma, in a file that ends in .tsv a tab.
         kwargs: val, test, test_fraction, task, batch_size, val_fraction, seed, ...; see `FileData` and `DataModule`.
 
@@ -117,8 +117,8 @@ class Diabetes(MemoryData):
     scikit-learn.
 
     Args:
-        standardise_target: Whether targets are standardised with the statistics of the training split
-            (`target_statistics`): errors are then in standard deviations, not in the units of the target.
+        standardise_target: Whether targets are standardised by the training split (`target_statistics`). Errors are
+            then in standard deviations, not in the unit of the target.
         kwargs: batch_size, val_fraction, seed, ...; see `DataModule`.
 
     Examples:

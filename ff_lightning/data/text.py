@@ -32,7 +32,7 @@ CHUNK = 1000  # texts that are encoded at once
 
 
 class TextEncoder:
-    """Token ids of one length, 0 behind a text that is shorter; the vocabulary is that of the texts it is fitted to.
+    """Token ids of one length, filled up with 0; the vocabulary is learned from the texts it is fitted to.
 
     Args:
         level: ``"word"``: words and punctuation, in small letters; those not in the vocabulary are 1. ``"byte"``:
@@ -99,7 +99,7 @@ def _make_tokenizer(level: Tokens) -> Any:
 
 
 class Text(FileData):
-    """Texts of the user's own: a table (csv, tsv, jsonl, parquet), or a folder of txt files for each class.
+    """Your own texts: a table (csv, tsv, jsonl, parquet), or a folder of txt files for each class.
 
     A batch of inputs is a dict: ``input_ids``, int64 (B, T), and ``attention_mask``, int64 (B, T), 1 where there is a
     token and 0 behind the text. The vocabulary is learned from the training split alone. Longer texts are cut off.
@@ -108,12 +108,12 @@ class Text(FileData):
         train: A table with the columns `text` and `target`, or a folder with a folder of txt files for each class.
         text: Column of the text.
         target: Column of the target: classes; for ``task="multilabel"`` a list of columns of 0 and 1; for
-            ``task="regression"`` one or more columns of numbers. Folders have classes alone.
-        task: Also ``"nexttoken"``: targets are the ids themselves, int64 (B, T), -100 behind the text; there is no
-            `target`, and classes are the tokens.
-        level: ``"word"``: words and punctuation, in small letters. ``"byte"``: byte-pair encoding, which knows no
-            unknown words and keeps capitals. ``"lsa"``: no tokens, but a vector, float32 (B, `length`): the strongest
-            directions (truncated SVD) of the words' TF-IDF, standardised; see `ff_lightning.data.lsa`.
+            ``task="regression"`` one or more columns of numbers. Folders have classes only.
+        task: Also ``"nexttoken"``, without `target`: targets are the ids themselves, int64 (B, T), -100 where the text
+            is filled up, and the classes are the tokens.
+        level: ``"word"``: words and punctuation, in lower case. ``"byte"``: byte-pair encoding, without unknown words,
+            and with capitals. ``"lsa"``: no tokens but a vector, float32 (B, `length`): TF-IDF of the words, reduced to
+            its strongest directions (truncated SVD) and standardised; see `ff_lightning.data.lsa`.
         vocabulary: Most different tokens: the most frequent ones, 0 for padding and 1 for unknown words.
         length: T, tokens of a text; of ``"lsa"`` the numbers of its vector.
         delimiter: Between the values of a line; None: a comma, in a file that ends in .tsv a tab.

@@ -1,4 +1,4 @@
-"""Class kernels over the regions of a map: heads that cost next to nothing.
+"""Class kernels over the regions of a map: heads that cost very little.
 
 Shapes: B batch, C channels, H x W or T positions, K classes.
 """
@@ -15,24 +15,24 @@ from ff_lightning.util.arguments import check_whole
 
 
 class PooledHead(nn.Module):
-    """A head that costs next to nothing: class kernels that cover a whole map, after it was averaged over regions.
+    """A head that costs very little: class kernels over a whole map that was averaged over regions.
 
-    The features are averaged over ``regions x regions`` parts of the map and normalised over all features of a sample
-    (signals, tokens and volumes have one or three axes, vectors none, and padding among tokens does not count). A
-    kernel for each class weighs every channel in every region, behind a layer (convolution, batch norm, ReLU)
-    where that is asked for or makes the head smaller. The goodness of a class is the activity of its kernel, which has
-    one position, so that there is nothing to average; it is not squared: evidence against a class counts as well.
+    The features are averaged over ``regions x regions`` parts of the map and normalised over all features of a sample.
+    (Signals, tokens and volumes have one or three axes, vectors none; padding among tokens does not count.) Then a
+    kernel for each class has a weight for every channel in every region. A layer (convolution, batch norm, ReLU) comes
+    before the kernels if it is asked for, or if it makes the head smaller. The goodness of a class is the output of its
+    kernel. It is not squared, so evidence against a class counts too.
 
     Args:
         in_channels: C, channels of the block's features.
         num_classes: K.
-        regions: Along each side of the map. None: 4, or 2 for more than 100 classes or three axes: the kernels would
-            else outweigh the network itself.
-        width: Channels of the layer. None: C, 128 at most, where a layer of 3x3 kernels is asked for or a layer leaves
-            the head with fewer weights, as it does for many channels and classes; else there is no layer.
+        regions: Number of regions along each side of the map. None: 4, or 2 for more than 100 classes or three axes,
+            where the kernels would otherwise be larger than the network.
+        width: Channels of the layer. None: C, at most 128, if 3x3 kernels are asked for or a layer makes the head
+            smaller, as it does for many channels and classes; otherwise there is no layer.
         kernel_size: Of the layer, in regions: 1 or 3.
-        size: Positions of the features: (), (T,), (H, W) or (D, H, W); where they are fewer than `regions`, so are the
-            regions. None: two axes, of no fewer.
+        size: Positions of the features: (), (T,), (H, W) or (D, H, W). An axis with fewer positions than `regions` has
+            as many regions as positions. None: two axes with at least `regions` positions.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -84,7 +84,7 @@ _MEANS: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_a
 def region_means(features: Tensor, regions: tuple[int, ...]) -> Tensor:
     """Mean over regions, as `adaptive_avg_pool2d` draws them: (B, C, H, W) -> (B, C, *regions), also of other axes.
 
-    On a CPU, half its time or less: large regions are summed line by line, small ones by one matrix product.
+    On a CPU it takes half the time or less: large regions are summed line by line, small ones by one matrix product.
     """
     size = tuple(features.shape[2:])  # no plain numbers where a network is traced for any size
     if size == regions:

@@ -83,21 +83,21 @@ def class_goodness(features: Tensor, weight: Tensor, bias: Tensor | None = None,
 
 
 class GoodnessHead(nn.Module):
-    """A head as the paper has it: goodness is the squared class convolution, averaged over space.
+    """The head of the paper: goodness is the squared class convolution, averaged over space.
 
     Args:
         in_channels: C, channels of the block's features.
         num_classes: K.
         kernel_size: Of the class convolution: 1, 3 or 5.
         temperature: The goodness is divided by it before the softmax of the loss. Below 1 it sharpens.
-        learn_temperature: Whether the temperature is trained with the head.
+        learn_temperature: Whether the temperature is learned with the head.
         depth: Number of layers before the class convolution, each a 3x3 convolution of stride 2 with batch norm
             and ReLU. 0 is the form of the paper.
-        width: Channels of these layers. None: as many as the block has.
+        width: Channels of these layers. None: those of the block.
         size: Positions of the features: (), (T,), (H, W) or (D, H, W): convolutions have as many axes, and for vectors
             are linear layers. None: two axes.
-        masked: Whether there may be padding among tokens: the layers then work on each token by itself (linear, layer
-            norm, ReLU), so that no padding has a part in them.
+        masked: Whether tokens may be padding. The layers then work on each token by itself (linear, layer norm, ReLU),
+            so that padding has no part in them.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -1,4 +1,4 @@
-"""Trained models in use: predictors of checkpoints and exports, and what is shared of them."""
+"""Trained models in use: predictors from checkpoints, exports, sharing."""
 
 from ff_lightning.inference.exporting import export
 from ff_lightning.inference.loading import from_pretrained, load

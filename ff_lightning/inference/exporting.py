@@ -1,4 +1,4 @@
-"""Exports of a trained model, compared with it before they are handed over."""
+"""Exports of a trained model, each compared with the original."""
 
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,15 +22,15 @@ def export(
     """Write a trained model for use elsewhere, read it back and compare its scores with those of the original.
 
     Args:
-        predictor: What `load` made of a checkpoint.
+        predictor: The result of `load` for a checkpoint.
         path: The file to write; an old one is replaced.
         format: ``"onnx"``, ``"torch"`` (`torch.export`) or ``"safetensors"`` (weights alone); see
             `ff_lightning.inference.formats`.
         images: Normalised images (B, C, H, W) to compare on; None: eight of noise.
-        arguments: Those that `load` was given besides the path, such as ``backbone=network``: safetensors only.
+        arguments: The arguments of `load` besides the path, such as ``backbone=network``; only for safetensors.
 
     Returns:
-        The largest difference of the scores of an image, divided by its largest score where that is above 1.
+        The largest difference of the scores of an image, relative to its largest score if that is above 1.
 
     Raises:
         ValueError: If the scores differ by more than 1e-5, or if the predictor is an export itself.

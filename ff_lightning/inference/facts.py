@@ -1,4 +1,4 @@
-"""What a trained model says of itself: in its checkpoint, and beside its weights in an export."""
+"""The facts about a trained model that its checkpoint and its exports hold."""
 
 import dataclasses
 import json
@@ -18,11 +18,11 @@ class Facts:
         num_classes: K.
         input_shape: Of a sample, such as (C, H, W).
         task: Name of the class of its task.
-        class_names: K names; numbers from 0 where the data named none.
-        statistics: Mean and standard deviation of each channel, for pixels from 0 to 1; None: the data named none.
-        data: Name of the class of the data that it was trained on, where that is known.
-        figures: Of the validation at which the checkpoint was written, by the name that they were logged by.
-        epochs: So many were trained.
+        class_names: K names; numbers from 0 if the data had no names.
+        statistics: Mean and standard deviation of each channel, for pixels from 0 to 1; None: the data had none.
+        data: Name of the class of the data that it was trained on, if known.
+        figures: Validation figures at the time of the checkpoint, by the names they were logged by.
+        epochs: Number of epochs trained.
         version: Of the package that wrote the checkpoint.
     """
 

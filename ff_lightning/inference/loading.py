@@ -23,8 +23,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", **arguments: Any)
         path: A checkpoint (path or URL), what `export` wrote (``.onnx``, ``.pt2``, ``.safetensors``), or a folder that
             `ff_lightning.inference.save_pretrained` wrote.
         device: Where it runs; ONNX runs on the CPU.
-        arguments: Of the model, in place of those that are stored, such as ``backbone=network`` for a network that was
-            given as a module. For checkpoints and ``.safetensors`` only.
+        arguments: Arguments of the model that replace the stored ones, such as ``backbone=network`` for a network that
+            was given as a module. Only for checkpoints and ``.safetensors``.
 
     Raises:
         ValueError: If the file is none of these, is damaged, is not for classification, names a class that is neither
@@ -55,7 +55,7 @@ def from_pretrained(name: str, revision: str | None = None, device: str = "cpu",
         name: ``"user/model"``, or the path of the folder.
         revision: Branch, tag or commit of the model on the hub.
         device: Where it runs.
-        arguments: As of `load`.
+        arguments: As for `load`.
 
     Raises:
         ModuleNotFoundError: If huggingface_hub is needed, and is not installed.

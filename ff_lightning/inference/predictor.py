@@ -1,4 +1,4 @@
-"""A trained model, ready for images as they come: paths, PIL images, arrays and tensors.
+"""A trained model that classifies images: paths, PIL images, arrays and tensors.
 
 Shapes: N images, B batch, C channels, S pixels of a side, K classes.
 """
@@ -34,11 +34,11 @@ class Prediction(NamedTuple):
 class Predictor:
     """Class names and probabilities for images; see `ff_lightning.load`.
 
-    Images are read, cropped to the square in their centre, resized and normalised as those of validation were.
+    Images are read, cropped to their centre square, resized and normalised like those of validation.
 
     Args:
         network: From normalised images (B, C, S, S) to scores (B, K).
-        facts: What the model says of itself.
+        facts: The `Facts` about the model.
         device: Where it runs.
 
     Attributes:
@@ -74,14 +74,14 @@ class Predictor:
             images: One image or an iterable of them. An image is a path, a PIL image, a uint8 array (H, W) or
                 (H, W, C), a uint8 tensor (C, H, W), or a floating tensor (C, S, S), which is taken as normalised. A
                 tensor or array with one dimension more is a batch.
-            batch_size: So many are read and run at once.
+            batch_size: Number of images read and run at once.
 
         Returns:
             One answer for each image, in order.
 
         Raises:
             OSError: If a file cannot be read.
-            ValueError: If something is no image.
+            ValueError: If something is not an image.
         """
         check_whole("batch_size", batch_size)
         batches = in_batches(self._each(images), batch_size)

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: weights without code, and a card that says what they are."""
+"""Models on the Hugging Face hub: weights without code, and a model card."""
 
 import json
 import tempfile
@@ -20,12 +20,12 @@ def save_pretrained(
     """Write ``model.safetensors`` and a model card, ``README.md``, into a folder.
 
     Args:
-        predictor: What `ff_lightning.load` made of a checkpoint.
-        folder: It is made; what was written before is replaced.
-        license: Of the weights, as the hub abbreviates it, such as ``"apache-2.0"``; None: the card says that there is
-            none.
+        predictor: The result of `ff_lightning.load` for a checkpoint.
+        folder: It is created; files of an earlier call are replaced.
+        license: Licence of the weights, in the hub's spelling, such as ``"apache-2.0"``; None: the card says that there
+            is none.
         notes: Markdown for the card: what it is for, what it was tested on.
-        arguments: Those that `load` was given besides the path, such as ``backbone=network``.
+        arguments: The arguments of `load` besides the path, such as ``backbone=network``.
 
     Raises:
         ModuleNotFoundError: If safetensors is not installed.
@@ -49,10 +49,10 @@ def push_to_hub(
 
     Args:
         predictor: As of `save_pretrained`, like `license`, `notes` and `arguments`.
-        name: ``"user/model"``; it is made where it is not there.
+        name: ``"user/model"``; it is created if missing.
         license: See above.
         notes: See above.
-        private: Whether a new one is for you alone.
+        private: Whether a new model is private.
         arguments: See above.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Blocks and their objectives: what `LocalNet` is made of, which of them are trained, and what is kept of them.
+"""Blocks and their objectives, of which `LocalNet` is made: which are trained, and what they keep for backward.
 
 Shapes: B batch, C channels, H x W positions, K classes, L blocks.
 """
@@ -95,14 +95,14 @@ class LocalBlocks(nn.Module):
     def train_only(self, blocks: Iterable[int | str] | None) -> None:
         """Train only some of the blocks.
 
-        The others run without a graph and in eval mode, so that neither their weights nor their running statistics
-        move; those above the last trained block do not run in training at all.
+        The others run without a graph and in eval mode, so their weights and running statistics stay. Blocks above the
+        last trained one do not run in training.
 
         Args:
             blocks: Their numbers or names; None: all blocks.
 
         Raises:
-            ValueError: If a block does not exist, or if none is left.
+            ValueError: If a block does not exist, or if no block would be trained.
         """
         check_blocks("train_blocks", blocks)
         names = [cast(str, block.name) for block in self.blocks]
@@ -112,11 +112,11 @@ class LocalBlocks(nn.Module):
         self.trained = frozenset(wanted)
 
     def append(self, name: str, model: nn.Module, granularity: Granularity = "block") -> list[int]:
-        """Put further blocks on top of the network; those below keep their weights.
+        """Put new blocks on top of the network; the blocks below keep their weights.
 
         Args:
             name: Of the new part: its blocks are called ``name.…``.
-            model: Network from the normalised features of the last block alone; it is cut like the first one.
+            model: Its input is the normalised output of the last block. It is cut like the first network.
             granularity: Where to cut it; see `ff_lightning.partition`.
 
         Returns:
@@ -210,7 +210,7 @@ class LocalBlocks(nn.Module):
             check_classes(y, self.num_classes, criterion.ignore_index)
 
     def compile_blocks(self) -> None:
-        """Compile each block and each objective's head by itself, when it runs for the first time."""
+        """Compile each block and each head by itself, when it first runs."""
         for block, objective in zip(self.blocks, self.objectives, strict=True):
             block.compile()
             head = objective.head if hasattr(objective, "head") else objective
@@ -219,14 +219,14 @@ class LocalBlocks(nn.Module):
     def backbone_state_dict(self) -> dict[str, Tensor]:
         """The weights of all blocks under the names of the model they were made of; its classifier is not among them.
 
-        ``model.load_state_dict(net.backbone_state_dict(), strict=False)`` takes them to another model of its kind.
+        ``model.load_state_dict(net.backbone_state_dict(), strict=False)`` loads them into another such network.
         """
         return {key: value for block in self.blocks for key, value in cast(Block, block).body.state_dict().items()}
 
     def export(self) -> nn.Module:
-        """A copy for prediction: images (B, C, H, W) -> scores (B, K), in eval mode, nothing to train.
+        """A copy for prediction only: images (B, C, H, W) -> scores (B, K), in eval mode.
 
-        It is a plain module that goes through `torch.export.export` and `torch.onnx.export`.
+        It is a plain module, which `torch.export.export` and `torch.onnx.export` accept.
 
         Raises:
             ValueError: If the blocks run only as parts of the network's own forward.

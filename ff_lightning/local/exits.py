@@ -1,4 +1,4 @@
-"""Early exit: a sample leaves at the first block that is sure of its answer. Plain PyTorch.
+"""Early exit: each sample is answered at the first block that is sure. Plain PyTorch.
 
 Shapes: B batch, K classes, L blocks.
 """
@@ -17,7 +17,7 @@ Rule = Callable[[Tensor], Tensor]
 
 
 def margin(scores: Tensor) -> Tensor:
-    """How far the best class is before the second one: (B, K) -> (B,)."""
+    """The best score minus the second best: (B, K) -> (B,)."""
     best = scores.topk(2, 1).values
     return best[:, 0] - best[:, 1]
 
@@ -37,27 +37,28 @@ RULES: dict[str, Rule] = {"margin": margin, "softmax": softmax, "mean_std": high
 
 
 class EarlyExit(nn.Module):
-    """A trained network in which only the samples that are not yet sure go on to the next block.
+    """A trained network in which only samples without a sure answer continue to the next block.
 
-    The answer at a block is the vote of the blocks so far. A sample leaves where its certainty reaches the threshold of
-    the block; `calibrate` sets the thresholds by inputs alone, such as those of the validation set.
+    The answer at a block is the vote of the blocks so far. A sample exits at the first block where its certainty
+    reaches the threshold. `calibrate` sets the thresholds by inputs without labels, such as those of the validation
+    set.
 
     Args:
-        net: A `LocalNet`, what its `export` gives, the network of `FF` or `CwC`, or a module that has one as `net`.
-        rule: How sure scores (B, K) are: ``"margin"`` between the two best classes, ``"softmax"`` probability of the
-            best one, ``"mean_std"`` (the score of the best one, with a threshold a standard deviation below its mean),
-            or a function to (B,), higher being surer.
-        target: The share of the samples that leave at each block, of those that come to it; it makes the thresholds of
-            all rules but mean_std. None: 0.8.
+        net: A `LocalNet`, the result of its `export`, the network of `FF` or `CwC`, or a module that has one as `net`.
+        rule: How sure scores (B, K) are: ``"margin"`` between the two best classes; ``"softmax"``, the probability of
+            the best; ``"mean_std"``, the score of the best, with a threshold of its mean minus a standard deviation; or
+            a function to (B,), where higher is surer.
+        target: Thresholds are set so that this share of the samples reaching a block exits there. Not for mean_std.
+            None: 0.8.
 
     Attributes:
-        thresholds: Of all blocks but the last, (L - 1,); NaN before `calibrate`.
+        thresholds: One for each block but the last, (L - 1,); NaN before `calibrate`.
 
     Raises:
         ValueError: If an argument is out of its range, or if the network has a single block.
 
     Source: Aminifar et al., LightFF, arXiv 2404.05241, for mean_std. Their code decides by the score of the true class
-    of the test image; here it is that of the predicted class, and the margin is ours.
+        of the test image; we use that of the predicted class. The margin is ours.
     """
 
     thresholds: Tensor
@@ -83,18 +84,18 @@ class EarlyExit(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Any]) -> "EarlyExit":
-        """Set the thresholds by samples that the network was not trained on; their labels are not looked at.
+        """Set the thresholds by samples that the network was not trained on; labels are not used.
 
         Args:
             batches: Inputs (B, ...), or tuples that begin with them, such as those of a loader for validation.
 
         Raises:
-            ValueError: If there is no sample, or if none leaves before the last block.
+            ValueError: If there is no sample, or if none exits before the last block.
         """
         return self.calibrate_by(depth_answers(self.net, batches))
 
     def calibrate_by(self, answers: Sequence[Tensor]) -> "EarlyExit":
-        """As `calibrate`, by the answers at each depth, which several rules can share: L tensors (B, K)."""
+        """As `calibrate`, from the answers at each depth, L tensors (B, K), which several rules can share."""
         left = None
         for k in range(len(self.thresholds)):
             sure = self._sure(answers[k])
@@ -117,7 +118,7 @@ class EarlyExit(nn.Module):
 
     @torch.no_grad()
     def answers_and_exits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (B, K), and the number of the block at which each sample left, (B,) int64, from 0.
+        """Scores (B, K), and the number of the block at which each sample exits, (B,) int64, from 0.
 
         Raises:
             ValueError: If `calibrate` was not called.
@@ -145,17 +146,17 @@ class EarlyExit(nn.Module):
         return scores, exits
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores (B, K) of the vote at the block where each sample left."""
+        """Scores (B, K) of the vote at the block where each sample exits."""
         return self.answers_and_exits(x)[0]
 
     def exits(self, x: Tensor) -> Tensor:
-        """The number of the block at which each sample left, from 0: (B,), int64."""
+        """The number of the block at which each sample exits, from 0: (B,), int64."""
         return self.answers_and_exits(x)[1]
 
 
 @torch.no_grad()
 def depth_answers(net: LocalNet, batches: Iterable[Any]) -> list[Tensor]:
-    """The vote of the blocks up to each one, for all samples: L tensors (B, K).
+    """For each depth, the vote of the blocks up to there for all samples: L tensors (B, K).
 
     Args:
         net: In eval mode.
@@ -174,7 +175,7 @@ def depth_answers(net: LocalNet, batches: Iterable[Any]) -> list[Tensor]:
 
 @torch.no_grad()
 def multiply_adds(net: LocalNet, x: Tensor) -> list[float]:
-    """Multiplications with additions for one sample up to each block, its head included, as torch counts them.
+    """Multiply-adds for one sample up to each block, with its head, as torch counts them.
 
     Args:
         net: In eval mode.

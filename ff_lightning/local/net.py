@@ -1,4 +1,4 @@
-"""LocalNet: a network whose blocks learn each by its own local loss. Plain PyTorch, no Lightning in it.
+"""LocalNet: a network whose blocks each learn from their own local loss. Plain PyTorch, without Lightning.
 
 Shapes: B batch, C channels, H x W or T positions, K classes, L blocks.
 """
@@ -35,12 +35,13 @@ from ff_lightning.util.arguments import (
 class LocalNet(LocalBlocks):
     """A network cut into blocks, each with an objective of its own; no gradient crosses a border.
 
-    The blocks hold the modules of `model` themselves: what is trained here is trained there.
+    The blocks hold the modules of `model` themselves, so training them trains `model`.
 
-    A network that `torch.fx` cannot trace, such as those of transformers, runs by its own forward, and is cut at the
+    A network that `torch.fx` cannot trace, such as those of transformers, runs by its own forward and is cut at the
     outputs of its repeated layers; see `ff_lightning.partition.Hooked`. The local gradients are then computed while the
-    forward runs: the graph of one block is alive at a time, and the gradients of all of them when it ends. With such a
-    network all blocks run before the first result of the methods below, `reach` is 1, and there is no export.
+    forward runs: the graph of only one block is alive at a time, but the gradients of all blocks are alive when it
+    ends. For such a network all blocks run before the methods below give their first result, `reach` must be 1, and
+    there is no export.
 
     Args:
         model: The network to cut; its classifier is not used.
@@ -48,35 +49,36 @@ class LocalNet(LocalBlocks):
         granularity: Where to cut; see `ff_lightning.partition`.
         head: ``"pooled"``, ``"deep"``, ``"paper"`` (see `PooledHead` and `GoodnessHead`), ``"tokens"`` (`TokenHead`,
             for `NextTokenLoss`), ``"lookahead"`` (`LookAhead`: copies of the next blocks), or a function (channels, K)
-            -> module from (B, C, H, W) to goodness (B, K); a parameter `size` of it is given (H, W), a parameter
-            `place` the `Place` of the block, with those that follow. Signals and tokens have one axis, (B, C, T),
-            vectors none; for padding see `ff_lightning.heads.HeadFactory`.
-        norm: What the next block sees of a block's output: normalised over all features of a sample (``"layer"``),
-            over the channels of each position (``"channel"``), divided by its root mean square (``"length"``), or as
-            it is (``"none"``). The head sees it as it is. For token ids, and where there is a mask, layer is channel as
-            in transformers: neither padding nor a token that others are not to see has a part in their norm.
-        vote: How the blocks decide together: ``"mean"`` of goodness, mean weighted by ``"depth"``, ``"last"`` block,
+            -> module from (B, C, H, W) to goodness (B, K). If the function has a parameter `size`, it gets (H, W); with
+            a parameter `place`, the `Place` of the block, which names the blocks that follow. Signals and tokens have
+            one axis, (B, C, T), vectors none; for padding see `ff_lightning.heads.HeadFactory`.
+        norm: How a block's output is changed for the next block: normalised over all features of a sample
+            (``"layer"``), over the channels of each position (``"channel"``), divided by its root mean square
+            (``"length"``), or not at all (``"none"``). The head sees the unchanged output. For token ids, and where
+            there is a mask, ``"layer"`` means ``"channel"`` as in transformers, so that neither padding nor hidden
+            tokens affect the norm of a token.
+        vote: The common answer of the blocks: ``"mean"`` of goodness, mean weighted by ``"depth"``, ``"last"`` block,
             mean ``"log_softmax"``.
         input_shape: Of a sample: (C, H, W) of an image, (F,) of a vector, (C, T) of a signal, (C, D, H, W) of a volume,
             (T,) for the most tokens of a text.
         loss: ``"logsumexp"`` (that of Scalable Forward-Forward), ``"similarity"``, ``"predsim"``, ``"supcon"``; a
             module from goodness (B, K) and targets to a scalar; or a class or function that makes such a module, or an
-            `Objective`, for each block: a parameter `place` of it is given the `Place` of the block. None: logsumexp.
-        reach: How many blocks a loss trains at most: its own, and those below it up to the last border. Above 1 the
-            network is cut into windows of `reach` blocks, one block further down at each pass, so that each border
-            is open half of the time or more and each block learns from the losses above it as well. Graphs of so
-            many blocks are then alive at once. A float above 0 and below 1 is a share of memory: no window keeps more
-            for backward than this share of what backprop keeps, or than the single block that keeps most. 1.0 is
-            one window over all blocks: backprop with deep supervision. See `windows`.
-        vocabulary: Number of token ids, where a sample is a row of them, int64. A parameter of `forward` that is called
-            like a padding mask (see `Inputs`) is then one.
+            `Objective`, for each block. If it has a parameter `place`, it gets the `Place` of the block. None:
+            logsumexp.
+        reach: The most blocks that a loss trains: its own, and those below it up to the previous border. Above 1 the
+            network is cut into windows of `reach` blocks, which move one block down at each pass, so that each border
+            is open half of the time or more, and each block also learns from losses above its own. The graphs of
+            `reach` blocks are then alive at once. A float above 0 and below 1 is a share of memory: no window keeps
+            more for backward than this share of what backprop keeps, unless a single block does; its memory is then the
+            limit. 1.0 is one window over all blocks: backprop with deep supervision. See `windows`.
+        vocabulary: Number of token ids, if a sample is a row of ids, int64. A parameter of `forward` with the name of a
+            padding mask (see `Inputs`) is then taken as one.
         example: An input batch instead of `input_shape`, for a network with several inputs: a tuple of tensors, or a
-            dict of tensors by the names of the arguments of `forward`. Wherever x stands below, it may be a tensor, a
-            tuple or a dict alike; a padding mask that is left out masks nothing. What is masked changes nothing.
-
-        own_loss: Inside a window, the weight of a block's own loss for each block between it and the window's end: with
-            0.3 the loss of the last block weighs 1, of the one below 0.3, then 0.09; with 0 the last loss is all. What
-            is returned and reported has no weight, its gradient does.
+            dict of tensors by the names of the arguments of `forward`. In all methods below, x may be a tensor, a tuple
+            or a dict like the example. Without a padding mask nothing is masked. Masked positions change no result.
+        own_loss: The weights of the losses of a window: with 0.3 the loss of the last block weighs 1, that of the block
+            below 0.3, the next 0.09; with 0 only the last loss counts. The weights apply to gradients, not to the
+            losses that are returned and reported.
 
     Attributes:
         inputs: What the network is called with, an `Inputs`.
@@ -85,7 +87,8 @@ class LocalNet(LocalBlocks):
         trained: Numbers of the blocks that are trained; see `train_only`.
         windows: The `ff_lightning.local.windows.Windows` of `reach`.
         voters: Numbers of the blocks that take part in the vote, those with a trained head; None: all.
-        passes: Passes with a graph so far; they decide where the borders lie. These three are in the state dict.
+        passes: Passes with a graph so far; they decide where the borders lie. `trained`, `voters` and `passes` are in
+            the state dict.
 
     Raises:
         ValueError: If an argument is out of its range or the model cannot be cut; see `ff_lightning.partition`.
@@ -162,7 +165,7 @@ class LocalNet(LocalBlocks):
     def local_features(self, x: Example) -> Iterator[Tensor]:
         """The normalised features (B, C, H, W) of one block after the other; the next block runs when it is asked for.
 
-        Only the block's own graph hangs on each: what enters a block is detached.
+        Each has the graph of its own block only: the input of a block is detached.
 
         Args:
             x: Images, (B, C, H, W).
@@ -185,8 +188,8 @@ class LocalNet(LocalBlocks):
     def local_goodness(self, x: Example) -> Iterator[Tensor]:
         """The goodness (B, K) of one block after the other; the next block runs when it is asked for.
 
-        Only the graph of the block and its head hangs on each. A mask (B,) that is sent to the generator chooses the
-        samples that go on to the next block.
+        Each has the graph of its block and head only. Send a mask (B,) to the generator to choose the samples that
+        continue to the next block.
 
         Args:
             x: Images, (B, C, H, W).
@@ -247,13 +250,15 @@ class LocalNet(LocalBlocks):
     ) -> Iterator[Update]:
         """The updates of one block after the other; the next block runs when the next update is asked for.
 
-        Call backward on its loss (and step its units) in between, and only one graph is ever alive. There is none for
-        blocks that are not trained. With `reach` above 1 an update is one of all blocks between two borders.
+        Call backward on each loss (and step its units) before you ask for the next: then only one graph is ever alive.
+        Blocks that are not trained have no update. With `reach` above 1 an update covers all blocks between two
+        borders.
 
         Args:
             x: Images, (B, C, H, W).
             y: Targets, such as classes (B,), int64.
-            see: Called with the number and the goodness (B, K), detached, of each block whose objective computes it.
+            see: Called for each block whose objective computes goodness, with the block's number and its goodness (B,
+                K), detached.
             scaler: The gradient scaler of a run in float16, for a network whose gradients are computed in its pass.
 
         Raises:
@@ -277,10 +282,10 @@ class LocalNet(LocalBlocks):
     def local_losses(self, x: Example, y: Tensor) -> Iterator[Tensor]:
         """The local loss of one block after the other, each with the graph of its own block.
 
-        The next block runs when the next loss is asked for: call backward (and step) in between, and only one graph
-        is ever alive. With `train_only`, the loss of a block that is not trained has no graph, and there are none
-        after the last trained block. With `reach` above 1, a loss has no graph either unless a border follows its
-        block: the loss there brings the gradients of all blocks since the border before.
+        The next block runs when the next loss is asked for. Call backward (and step) before that: then only one graph
+        is ever alive. With `train_only`, the loss of a block that is not trained has no graph, and no losses follow the
+        last trained block. With `reach` above 1, only a loss at a border has a graph; its ``backward()`` fills the
+        gradients of all blocks since the previous border.
 
         Args:
             x: Images, (B, C, H, W).
@@ -302,16 +307,15 @@ class LocalNet(LocalBlocks):
     def delivered_losses(self, x: Example, y: Tensor, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """The local losses of the trained blocks as one vector, for any ordinary training loop.
 
-        The local gradients are computed here, block after block, so that the graph of only one block (of one
-        window) is alive at any time. ``backward()`` of any scalar made of the vector hands them to the
-        parameters, each times the gradient that arrives at the loss of its block: weights of the losses other than
-        one for all ask for a `reach` of 1.
+        The local gradients are computed here, block after block, so that the graph of only one block (or one window) is
+        alive at any time. ``backward()`` of any scalar made of the vector hands them to the parameters, each times the
+        gradient that arrives at the loss of its block. Different weights for different losses require ``reach=1``.
 
         Args:
             x: Images, (B, C, H, W).
             y: Classes, (B,), int64.
-            scaler: The gradient scaler of the training loop, where it trains in float16: the local gradients are
-                then computed at its scale too, and do not underflow.
+            scaler: The gradient scaler of a training loop in float16. The local gradients are then computed at its
+                scale, too, so that they do not underflow.
         """
         parameters = [self.block_parameters(k) for k in range(len(self.blocks))]
         return deliver(self.updates(x, y, scaler=scaler), parameters, scaler).losses

@@ -62,11 +62,11 @@ class Objective(nn.Module):
         return self.loss_and_scores(features, target)[0]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Scores (B, K): what votes and exits."""
+        """Scores (B, K), for the vote and early exit."""
         raise NotImplementedError(f"{type(self).__name__} gives no scores: it needs a method forward(features)")
 
     def loss_and_scores(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The local loss, and the scores where they come with it at no extra pass."""
+        """The local loss, and the scores if they cost no extra pass."""
         return self.loss(features, target), None
 
 

@@ -1,4 +1,4 @@
-"""Linear probes: how much of the classes a linear read-out finds in what a model makes of its inputs.
+"""Linear probes: how well a linear read-out finds the classes in the features of a model.
 
 Shapes: N samples, B batch, D features, K classes.
 """
@@ -17,7 +17,7 @@ DECAYS = (1e-2, 1e-3, 1e-4)
 
 
 class LinearProbe(nn.Module):
-    """A linear layer on features that are standardised for each sample. It starts at zero, and so with nothing drawn.
+    """A linear layer on features that are standardised for each sample. It starts at zero, without random numbers.
 
     Args:
         features: D.
@@ -49,7 +49,7 @@ class Probed(NamedTuple):
 
 
 def features_of(model: Any, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """What a model makes of all samples, in evaluation mode, and their classes.
+    """The features of all samples, in evaluation mode, and their classes.
 
     Args:
         model: A `LocalLearner` with a `representation`.
@@ -87,16 +87,16 @@ def check_classes(target: Any) -> Tensor:
 def fit_probe(
     features: Tensor, classes: Tensor, num_classes: int, decay: float = 1e-3, start: LinearProbe | None = None
 ) -> LinearProbe:
-    """The read-out of the least ``cross-entropy + decay / 2 * (sum of the squared weights)``, found by L-BFGS.
+    """The read-out that minimises ``cross-entropy + decay / 2 * (sum of squared weights)``, found by L-BFGS.
 
-    It is unique, whatever it starts from: nothing is drawn, and there is no rate or number of epochs to choose.
+    It does not depend on where it starts: there are no random numbers, learning rate or number of epochs to choose.
 
     Args:
         features: (N, D).
         classes: (N,), int64.
         num_classes: K.
         decay: Weight of the penalty.
-        start: A probe to start from, which comes sooner to its end; it is not changed.
+        start: A probe to start from, which saves time; it is not changed.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -138,7 +138,7 @@ def final_probe(
 ) -> Probed:
     """Train probes on a model that is not changed, and keep the one that is best on the validation samples.
 
-    The test samples are looked at once, by that one. Probe untrained weights too: what is gained counts.
+    Only that probe is tested, once. Probe untrained weights too: only the gain over them says something.
 
     Args:
         model: A `LocalLearner` with a `representation`.
@@ -151,8 +151,8 @@ def final_probe(
     Raises:
         ValueError: If an argument is out of its range, or if the batches have no classes.
 
-    Source: the read-out of Chen et al., Self-Contrastive Forward-Forward Algorithm, arXiv 2409.11593, which is trained
-    by Adam with dropout; we take the minimum, so that all features are judged alike.
+    Source: the read-out of Chen et al., Self-Contrastive Forward-Forward Algorithm, arXiv 2409.11593. They train it by
+        Adam with dropout; we train it to the minimum, so that all features are judged alike.
     """
     if not decays:
         raise ValueError("decays=[]: give one or more to choose from")

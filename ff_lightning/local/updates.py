@@ -1,4 +1,4 @@
-"""Updates: what the training loop knows of a method, and how they are handed to a loop that asks for one loss."""
+"""Updates: all that the training loop knows of a method, and how a loop with a single loss gets them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ class Update(NamedTuple):
     """A local loss and the units that learn from it."""
 
     units: tuple[int, ...]
-    """Numbers of the units that the gradient of `loss` reaches; they take their step next."""
+    """Numbers of the units that the gradient of `loss` reaches; they step next."""
     loss: Tensor
     """Scalar with a graph."""
     values: tuple[Tensor, ...]
-    """The loss of each of the units, detached: what is reported."""
+    """The loss of each of these units, detached, for reports."""
 
 
 class Delivered(NamedTuple):
@@ -37,15 +37,15 @@ def deliver(
 ) -> Delivered:
     """Compute the gradients of all updates, one update after the other, for a loop that calls backward once.
 
-    The graph of one update is alive at a time; its gradients are kept. ``backward()`` of any scalar made of the losses
-    hands them to the parameters, each times the gradient that arrives at the loss of its unit: weights of the losses
-    other than one for all ask for updates of single units.
+    The graph of only one update is alive at a time; its gradients are kept. ``backward()`` of any scalar made of the
+    losses hands them to the parameters, each times the gradient that arrives at the loss of its unit. Different weights
+    for different losses require that each update has a single unit.
 
     Args:
-        updates: Of a batch. One without a graph counts as a loss alone.
+        updates: Those of a batch. An update without a graph only adds its loss.
         parameters: The trainable parameters of each unit.
-        scaler: The gradient scaler of the loop, where it trains in float16: the gradients are then computed at its
-            scale too, and do not underflow.
+        scaler: The gradient scaler of a loop in float16. The gradients are then computed at its scale, too, so that
+            they do not underflow.
 
     Raises:
         ValueError: If there is no update.

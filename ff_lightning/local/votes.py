@@ -1,4 +1,4 @@
-"""From the goodness of all blocks to a class.
+"""How the blocks answer together: from their goodness to scores.
 
 Shapes: L blocks, B batch, K classes.
 """
@@ -26,18 +26,18 @@ def last_vote(goodness: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
 
 
 def log_softmax_vote(goodness: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
-    """Mean over the blocks of their log-probabilities: a block counts by its certainty, (L, B, K) -> (B, K)."""
+    """Mean over the blocks of their log-probabilities, (L, B, K) -> (B, K): sure blocks count more."""
     return goodness.log_softmax(-1).mean(0)
 
 
 def depth_vote(goodness: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
-    """Mean over the blocks, each weighing as much as its number from the input, 1 to L: (L, B, K) -> (B, K).
+    """Mean over the blocks, weighted by their number from the input, 1 to L: (L, B, K) -> (B, K).
 
-    Deeper blocks are the better ones, but the others still see what they do not.
+    Deeper blocks are usually better, but the others see what these miss.
 
     Args:
         goodness: (L, B, K).
-        numbers: Of the L blocks, counted from the input, from 0. None: they are all there are.
+        numbers: Those of the L blocks, counted from the input, from 0. None: 0 to L - 1.
 
     Examples:
         >>> import torch

@@ -41,7 +41,7 @@ class Kept:
 
 
 class Counter:
-    """Notes what autograd keeps, on any device.
+    """Records what autograd keeps, on any device.
 
     Args:
         left_out: Tensors that do not count: parameters, which are there anyway.
@@ -70,20 +70,20 @@ class Counter:
 class Windows:
     """The windows that a network is cut into, and how they move from pass to pass.
 
-    A placement of the windows begins one of them at a certain block and makes each as long as it may be, from there up
-    and from there down. Every block is the one to begin with; the different placements that come of it take turns. So
-    each border is open part of the time, unless the two blocks beside it are too much for a window by themselves.
+    A placement starts a window at one block, and makes all windows above and below as long as allowed. Each block in
+    turn is the one to start at; the different placements take turns. So each border is open part of the time, unless
+    its two neighbours together exceed the limit.
 
     Args:
-        reach: Number of blocks of a window at most, or the largest share that it may keep of what backprop keeps: above
-            0 and below 1. 1.0 is one window over all blocks, whatever it keeps.
+        reach: The most blocks of a window, or the largest share of backprop's memory that it may keep: above 0 and
+            below 1. 1.0 is one window over all blocks, whatever it keeps.
         names: Of the blocks.
         kept: What they keep; None: not known, `reach` is a number of blocks.
 
-        own_loss: Weight of the own loss of a block for each block between it and the end of its window.
+        own_loss: The loss of a block weighs `own_loss` to the power of its distance to the end of its window.
 
     Attributes:
-        placements: The last blocks of the windows, in order, for one pass after the other.
+        placements: For each pass in turn, the last block of each window, in order.
 
     Raises:
         ValueError: If an argument is out of its range.

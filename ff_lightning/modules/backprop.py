@@ -48,7 +48,7 @@ class NormedBlocks(nn.Module):
 
 
 class Backprop(LocalLearner):
-    """The same backbone and recipe, trained by ordinary backpropagation through the whole network.
+    """The baseline: the same backbone and recipe, trained by ordinary backpropagation through the whole network.
 
     Args:
         backbone: ``"cnn"``, ``"mlp"`` (for vectors), ``"signal"``, ``"text"``, the name of a torchvision model, or any
@@ -56,13 +56,13 @@ class Backprop(LocalLearner):
         num_classes: K. The command line takes it from the data.
         input_shape: Of a sample, such as (C, H, W); None: (3, 32, 32). The command line takes it from the data.
         stem: ``"small"`` swaps a strided stem and its max-pooling for a 3x3 convolution: for images of 32 pixels.
-        weights: To start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of a
-            state dict or checkpoint, whose classifier may be one for other classes.
+        weights: Weights to start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of
+            a state dict or checkpoint. Its classifier may be for other classes.
         label_smoothing: Share of the target that is spread evenly over all classes.
-        norm: To go on from what SFF has trained: the norm that it had between the blocks. The network then has a linear
-            classifier on the last block. None: the backbone as it is, with its own classifier.
-        granularity: Of the blocks that `norm` stands between.
-        probe: Train the last layer alone, as a linear probe of the features.
+        norm: To continue from weights that SFF trained: the norm that it had between the blocks. The network then has a
+            linear classifier on the last block. None: the unchanged backbone, with its own classifier.
+        granularity: Which blocks `norm` lies between; see `ff_lightning.partition`.
+        probe: Whether only the last layer is trained, as a linear probe of the features.
         optimization: ``"automatic"``, Lightning's own loop, in which several processes exchange gradients during
             backward; or ``"manual"``.
         kwargs: How it is trained: task, optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
@@ -130,7 +130,7 @@ class Backprop(LocalLearner):
         return [module for module in self.net.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
 
     def train(self, mode: bool = True) -> "Backprop":
-        """Switch to training or evaluation; with `probe`, the last layer alone."""
+        """Switch to training or evaluation; with `probe`, only the last layer."""
         super().train(mode)
         if getattr(self, "probe", False):
             self.net.eval()

@@ -46,9 +46,10 @@ from ff_lightning.util.arguments import check_choice, check_keywords, check_netw
 class LocalLearner(SafeLoading, Optimizing, Resumable):
     """Base of all methods: units of a network, each with an optimizer of its own, in Lightning.
 
-    A method makes its network in `__init__`, hands the units to `set_units`, and gives `local_updates`. It may also
-    give `scores` (for answers), `vote`, `split` (for batches of its own kind) and `representation` (for probes). The
-    rest is here: the loop, optimizers, schedules, clipping, several processes, checkpoints, reports.
+    A method makes its network in `__init__`, hands the units to `set_units`, and implements `local_updates`. It may
+    also implement `scores` (for answers), `vote`, `split` (for its own kind of batches) and `representation` (for
+    probes). This class does the rest: the loop, optimizers, schedules, clipping, several processes, checkpoints,
+    reports.
 
     Args:
         num_classes: K, the number of scores: of classes, labels or numbers. The command line takes it from the data.
@@ -62,34 +63,34 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         optimizer: A class, a partial of it, or ``{class_path, init_args}``, called with parameter groups. None:
             AdamW, fused.
         lr: Learning rate of every unit; None: the one of `optimizer`, or 5e-3 for the default.
-        lr_decay: The learning rate of each unit is that of the unit above it times this factor: below 1 for
-            fine-tuning, where lower blocks should move less.
+        lr_decay: Each unit has the learning rate of the unit above times this factor. For fine-tuning take less than 1,
+            so that lower blocks move less.
         lr_scheduler: ``"onecycle"``, ``"cosine"`` or ``"constant"``, for each optimizer step; or a class, a partial or
             ``{class_path, init_args}``, called with the optimizer.
         lr_interval: Whether a scheduler given as a class counts each optimizer ``"step"`` or each ``"epoch"``.
-        optimization: ``"manual"``: backward and step of each unit at once, one optimizer per unit.
-            ``"automatic"``: the same gradients and weights by Lightning's own loop, with one optimizer.
-        clip_norm: Largest norm of the gradients of a unit; they are scaled down to it.
-        clip_value: Largest size of each single gradient; they are cut off there.
+        optimization: ``"manual"``: each unit does backward and step before the next one runs, with its own optimizer.
+            ``"automatic"``: Lightning's own loop with one optimizer, which gives the same gradients and weights.
+        clip_norm: Largest norm of the gradients of a unit; larger ones are scaled down to it.
+        clip_value: Largest size of each single gradient; larger ones are cut off there.
         accumulate: Number of batches whose gradients are averaged for one step (manual optimization only).
         compile: Whether the modules of each unit go through ``torch.compile``.
-        memory_format: ``"channels_last"``: the order that convolutions like on GPUs with mixed precision; None: as the
-            backbone has it.
+        memory_format: ``"channels_last"`` is the fastest order for convolutions on GPUs with mixed precision. None:
+            that of the backbone.
 
     Attributes:
         unit_names: Names of the units.
-        phases: Number of parts of the run, in each of which some of the units go through their whole schedule.
+        phases: Number of parts of the run. In each part some of the units go through their whole schedule.
 
     Raises:
         ValueError: If an argument is out of its range or not known.
     """
 
     overlaps_steps = False
-    """Whether, on several processes, a unit may step while the next update is computed: only where no update needs the
-    step of the one before, so that each unit comes once in a batch."""
+    """Whether, on several processes, a unit may step while the next update is computed. Only for methods in which no
+    update needs the step of the previous one, so that each unit comes once in a batch."""
 
     sets_samples_beside_others = False
-    """Whether an update needs two samples: a single one that an epoch ends with is then passed over."""
+    """Whether an update needs two samples. A last batch of one sample is then skipped."""
 
     def __init__(
         self,
@@ -158,12 +159,12 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
     # ------------------------------------------------------------------------------------------------------ of a method
 
     def local_updates(self, batch: Any) -> Iterator[Update]:
-        """The updates of a batch, one after the other: all that a method must give.
+        """The updates of a batch, one after the other: the only hook that a method must implement.
 
-        When the next one is asked for, the units of the one before have taken their step (in manual optimization).
+        When the next update is asked for, the units of the previous one have taken their step (in manual optimization).
 
         Args:
-            batch: What a loader gave; `inputs_and_target` takes it apart and checks it.
+            batch: What a loader returned; `inputs_and_target` takes it apart and checks it.
         """
         raise NotImplementedError(f"{type(self).__name__} is no method yet: it needs local_updates(batch)")
 
@@ -172,7 +173,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         raise NotImplementedError(f"{type(self).__name__} gives no features: it needs representation(*inputs)")
 
     def set_units(self, units: Mapping[str, Iterable[nn.Module]]) -> None:
-        """Take the units that the network is trained by, and make their running figures.
+        """Set the units of training, and make their running figures.
 
         Args:
             units: The modules of each unit, by its name, in order. Their parameters are trained by the updates that
@@ -214,7 +215,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
     # -------------------------------------------------------------------------------------------------------- the loop
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """One mini-batch through all units; the next one starts when this one has taken its step."""
+        """Train on one mini-batch: each unit steps before the next one starts."""
         if self.sets_samples_beside_others and self._is_left_over(batch, batch_idx):
             self._pass_over(batch_idx)
             return None
@@ -295,11 +296,11 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        """The model alone: what belongs to a run is not copied with it."""
+        """The model without what belongs to a run."""
         return {**super().__getstate__(), "stepper": None}
 
     def configure_callbacks(self) -> list[Any]:
-        """Answer the Trainer flags that manual optimization cannot serve, before Lightning refuses them."""
+        """Refuse Trainer flags that manual optimization cannot serve, and name the replacement."""
         if not self.automatic_optimization:
             checks.check_trainer_flags(self.trainer)
         return []

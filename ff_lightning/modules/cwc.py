@@ -23,8 +23,8 @@ from ff_lightning.util.arguments import check_number, check_whole, shown
 class CwC(LocalLearner):
     """Channel-wise competitive Forward-Forward: the classes compete by the activity of their channels.
 
-    Two answers are logged side by side: ``val/acc`` is that of the goodness of the last block; ``val/readout_acc`` that
-    of a linear soft-max head on its features, which is a unit of its own.
+    Two accuracies are logged: ``val/acc``, by the goodness of the last block, and ``val/readout_acc``, by a linear
+    soft-max head on its features, which is a unit of its own.
 
     Source: Papachristodoulou et al., Convolutional Channel-wise Competitive Learning for the Forward-Forward Algorithm,
     arXiv 2312.12668. Where paper and code disagree: docs/methods/cwc.md.
@@ -34,8 +34,8 @@ class CwC(LocalLearner):
         num_classes: K. The command line takes it from the data.
         input_shape: (C, H, W) of an image; None: (3, 32, 32). The command line takes it from the data.
         loss: ``"ce"``, ``"pvn"`` or ``"cwg"``; see `ff_lightning.losses.GroupLoss`.
-        windows: For each block the first epoch in which it is trained, and the one before which it stops; None: all
-            are trained all the time. The read-out is trained all the time.
+        windows: For each block the first epoch in which it is trained, and the epoch before which it stops. None: all
+            blocks are trained all the time. The read-out is always trained.
         readout_lr: Learning rate of the read-out.
         granularity: Where a backbone is cut; see `ff_lightning.partition`.
         stem: See `SFF`.

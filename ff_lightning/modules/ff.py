@@ -21,28 +21,29 @@ from ff_lightning.views import labelled_shape
 
 
 class FF(LocalLearner):
-    """Hinton's Forward-Forward: each block tells inputs with their own label from inputs with a wrong one.
+    """Hinton's Forward-Forward: each block tells inputs with the right label from inputs with a wrong one.
 
-    Two answers are logged side by side: ``val/acc`` is that of the goodness of all labels, one after the other in the
-    input; ``val/readout_acc`` that of a linear read-out, in one pass with a neutral label. The read-out is a unit of
-    its own. With hybrid negatives, which know no label, both are the read-out's.
+    Two accuracies are logged. For ``val/acc`` all labels are tried, and the one with the highest goodness is the
+    answer. ``val/readout_acc`` is that of a linear read-out, in one pass with a neutral label; it is a unit of its own.
+    With hybrid negatives, which use no label, both are the read-out's.
 
     Source: Hinton, The Forward-Forward Algorithm, arXiv 2212.13345; thresholds: Gandhi et al., Extending the Forward
     Forward Algorithm, arXiv 2307.04205. Where paper and code disagree: docs/methods/ff.md.
 
     Args:
-        backbone: The name of a network, or any network as an `nn.Module`, for inputs with a label in them (see
-            `ff_lightning.views.labelled_shape`); its classifier is not used. None: a plain one of these `widths`.
+        backbone: The name of a network, or any network as an `nn.Module`. Its inputs contain a label (see
+            `ff_lightning.views.labelled_shape`); its classifier is not used. None: a plain network with these `widths`.
         widths: Units of each layer of the plain network; None: 500, 500, 500.
         num_classes: K. The command line takes it from the data.
         input_shape: Of a sample; None: (3, 32, 32). The command line takes it from the data.
-        label: Where the label goes: ``"overlay"`` (the first K pixels), ``"concat"`` (in front of a vector) or
-            ``"map"`` (one more channel: for images without a dark border).
-        negatives: Wrong labels, ``"uniform"`` or ``"hard"`` (drawn from the read-out's scores); ``"hybrid"`` images,
-            without labels; or a function (classes (B,), K) -> wrong classes (B,).
-        theta: Threshold of the mean square of a block's features: one for all, or a list over the blocks. For one that
-            moves see `ff_lightning.callbacks.Thresholds`.
-        goodness: ``"sum"`` or ``"mean"`` of the squares; the mean asks for a higher learning rate.
+        label: Where the label is written: ``"overlay"`` (into the first K pixels), ``"concat"`` (before a vector) or
+            ``"map"`` (into one more channel, for images without a dark border).
+        negatives: What negative data are: inputs with wrong labels, drawn uniformly (``"uniform"``), from the
+            read-out's scores (``"hard"``) or by a function (classes (B,), K) -> wrong classes (B,); or ``"hybrid"``
+            images without labels.
+        theta: Threshold of the mean square of a block's features: one for all, or a list over the blocks. To change it
+            during the run see `ff_lightning.callbacks.Thresholds`.
+        goodness: ``"sum"`` or ``"mean"`` of the squares; the mean needs a higher learning rate.
         sign: 1: positive data are active; -1: negative data are.
         peer: Weight of the peer normalisation.
         voters: Numbers of the blocks whose goodness counts at test; None: all.

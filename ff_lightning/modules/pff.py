@@ -20,10 +20,10 @@ from ff_lightning.util.arguments import check_number, shown
 class PFF(LocalLearner):
     """Predictive Forward-Forward: a recurrent network that tells right labels from wrong ones, and draws.
 
-    The states of the layers settle for some steps under an image and a label, and all weights take a step after each of
-    them. ``val/acc`` is the answer by the goodness of all labels, ``val/readout_acc`` that of a linear read-out in one
-    pass, which never sees a label; ``val/reconstruction`` is the squared error of `reconstruct`, as a share of the
-    error of the empty image.
+    The states of the layers settle over several steps under an image and a label; after each step all weights are
+    updated. ``val/acc`` is the accuracy when all labels are tried, ``val/readout_acc`` that of a linear read-out in one
+    pass, which never sees a label. ``val/reconstruction`` is the squared error of `reconstruct`, relative to that of an
+    empty image.
 
     Source: Ororbia and Mali, The Predictive Forward-Forward Algorithm, arXiv 2301.01452. Where paper and code disagree:
     docs/methods/pff.md.
@@ -48,7 +48,7 @@ class PFF(LocalLearner):
         kwargs: How it is trained: clip_norm, ...; see `LocalLearner`.
 
     Raises:
-        ValueError: If an argument is out of its range, or asks for one step for several updates.
+        ValueError: If an argument is out of its range, or would join several updates into one step.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class PFF(LocalLearner):
         return self.net.representation(*inputs)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """What the generative circuit makes of the last layer after one pass upwards: (B, ...), from 0 to 1.
+        """What the generative circuit draws from the last layer's state after one pass upwards: (B, ...), from 0 to 1.
 
         0 and 1 are the smallest and the largest value of a sample. ValueError without a generative circuit.
         """
@@ -126,7 +126,7 @@ class PFF(LocalLearner):
         Args:
             n: Number of images.
             seed: Of the mixture and what is drawn from it.
-            label: Draw from the latents of this class alone; None: from those of all.
+            label: Use only the latents of this class; None: those of all classes.
 
         Raises:
             ValueError: If there is no generative circuit, or if too few samples were trained on.

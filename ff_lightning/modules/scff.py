@@ -21,10 +21,11 @@ from ff_lightning.util.arguments import check_number, check_whole, for_each, sho
 
 
 class SCFF(LocalLearner):
-    """Self-contrastive Forward-Forward: each layer tells a sample beside itself from one beside another, no labels.
+    """Self-contrastive Forward-Forward: each layer tells a sample paired with itself from one paired with another.
 
-    Labels of the data are not looked at. What is learnt is judged by a linear read-out of `representation`: beside the
-    run by `ff_lightning.callbacks.OnlineProbe`, after it by ``ff-lightning probe``; `Trainer.predict` gives it.
+    It uses no labels. A linear read-out of `representation` shows what was learned: during the run by
+    `ff_lightning.callbacks.OnlineProbe`, after it by ``ff-lightning probe``. `Trainer.predict` returns the
+    representation.
 
     Source: Chen et al., Self-Contrastive Forward-Forward Algorithm, arXiv 2409.11593. Where paper and code disagree:
     docs/methods/scff.md.
@@ -32,26 +33,27 @@ class SCFF(LocalLearner):
     Args:
         widths: Units of each layer of a dense network; None: 1000, 1000, unless there are `channels`.
         channels: Channels of each layer of a convolutional network.
-        kernels: Sides of the kernels: one for all layers or a list, as for what follows.
-        pools: Behind a convolution: ``"max4"``, the largest of 4 x 4 positions at every second one, ``"avg2"``, ..., or
+        kernels: Sides of the kernels: one for all layers or a list; likewise for the following arguments.
+        pools: Pooling after a convolution: ``"max4"`` (the maximum over 4 x 4 positions, stride 2), ``"avg2"``, ..., or
             ``"none"``.
-        readout_pools: Sides of the squares over which a read-out sees the mean.
+        readout_pools: Sides of the squares that are averaged for a read-out.
         num_classes: K, for probes. The command line takes it from the data.
         input_shape: Of a sample; None: (3, 32, 32). The command line takes it from the data.
-        thresholds: Of each layer two, for the goodness of positive and of negative pairs: the mean over the channels of
-            their squares, where they are above 0. None: 4 and 6 for a layer that sees pairs, 1 and 1 for others.
+        thresholds: Two for each layer, for the goodness of positive and of negative pairs: the mean over the channels
+            of ``relu(y) ** 2``. None: 4 and 6 for a layer that sees pairs, 1 and 1 for others.
         lam: Weight of the norm of the goodness of positive pairs.
-        pairs: Whether a layer sees pairs, or single maps that the layer below makes of pairs; the first one sees pairs.
-            None: the first one alone.
-        views: Of a positive pair: ``"same"``, a sample twice; ``"shifts"``, an image that is moved by up to 2 pixels,
-            twice.
-        activation: What the next layer sees: ``"triangle"``, what is above the mean of the channels, or ``"relu"``.
-        epochs: Epochs of each layer, one after the other, those below being frozen; the last one trains to the end of
-            the run. None: all layers train all the time.
+        pairs: For each layer, whether it sees new pairs, or the output of the layer below for its pairs. The first
+            layer sees pairs. None: only the first does.
+        views: A positive pair is a sample twice (``"same"``), or two versions of an image, each moved by up to 2 pixels
+            (``"shifts"``).
+        activation: Before the next layer: ``"triangle"`` (``relu(y - mean over the channels)``) or ``"relu"``.
+        epochs: A number for each layer: they are trained one after the other, with those below frozen, and the last one
+            to the end of the run. None: all layers train all the time.
         lr: Learning rate, one or a list; also of an optimizer that is given.
         weight_decay: One or a list; also of an optimizer that is given.
-        lr_scheduler: See `LocalLearner`. With `epochs`: ``"constant"``, or a class, which counts what its layer trains.
-        task: That of the data, which changes nothing: it is always ``"Unlabelled"``.
+        lr_scheduler: See `LocalLearner`. With `epochs`: ``"constant"``, or a class, which counts only the steps of its
+            layer.
+        task: Accepted from the data, but without effect: the task is always ``"Unlabelled"``.
         kwargs: How it is trained: optimizer, clip_norm, ...; see `LocalLearner`.
 
     Raises:
@@ -126,7 +128,7 @@ class SCFF(LocalLearner):
         return self.representation(*inputs)
 
     def setup(self, stage: str) -> None:
-        """Say so if the run ends before each layer has had its turn."""
+        """Warn if the run ends before each layer has had its turn."""
         super().setup(stage)
         planned, given = sum(self.epochs or ()), self.trainer.max_epochs
         if stage == "fit" and given not in (None, -1) and given < planned:

@@ -21,8 +21,8 @@ from ff_lightning.training.plain import to_plain
 class SFF(LocalLearner):
     """Scalable Forward-Forward: each block is trained by the log-sum-exp loss on its own class goodness.
 
-    Source: Krutsylo, Scalable Forward-Forward, arXiv 2501.03176. Optimizer, schedule, temperature, depth of the head
-    and axes of the norm are not given there: they are our choice.
+    Source: Krutsylo, Scalable Forward-Forward, arXiv 2501.03176. The paper does not specify optimizer, schedule,
+        temperature, depth of the head and axes of the norm; those are ours.
 
     Args:
         backbone: ``"cnn"``, ``"mlp"`` (for vectors), ``"signal"``, ``"text"``, the name of a torchvision model, or any
@@ -30,21 +30,22 @@ class SFF(LocalLearner):
         num_classes: K. The command line takes it from the data.
         input_shape: Of a sample, such as (C, H, W); None: (3, 32, 32). The command line takes it from the data.
         stem: ``"small"`` swaps a strided stem and its max-pooling for a 3x3 convolution: for images of 32 pixels.
-        weights: To start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of a
-            state dict, whose classifier may be one for other classes.
+        weights: Weights to start from: a name of torchvision's weights for the backbone (``"DEFAULT"``), or the path of
+            a state dict or checkpoint, whose classifier may be for other classes.
         granularity: ``"layer"``, ``"block"``, ``"stage"``, a number of units, or names of modules to cut after.
         head: ``"pooled"``, ``"deep"``, ``"paper"``, ``"lookahead"``, or a class such as `PooledHead` called with
             (channels, classes).
         norm: Normalisation between the blocks: ``"layer"``, ``"channel"``, ``"length"`` or ``"none"``.
-        vote: How the blocks decide: ``"mean"``, ``"depth"``, ``"last"`` or ``"log_softmax"``.
+        vote: The common answer of the blocks: ``"mean"``, ``"depth"``, ``"last"`` or ``"log_softmax"``.
         loss: The local loss: ``"similarity"``, ``"predsim"``, ``"supcon"``, or a class or function that makes one for a
             block; see `ff_lightning.LocalNet`. None: the loss of the task, log-sum-exp for classes.
         label_smoothing: Share of the target that is spread evenly over all classes.
-        reach: How many blocks a loss trains at most, its own and those below it; or the share of what backprop keeps
-            that they may keep, up to 1.0, which is backprop with deep supervision. See `ff_lightning.LocalNet`.
-        own_loss: Weight of a block's own loss for each block between it and the end of its window, 0 to 1.
-        train_blocks: Numbers or names of the only blocks to train; the others keep weights and running statistics, and
-            do not vote unless a checkpoint brings trained heads for them.
+        reach: The most blocks that a loss trains, its own and those below it; or, as a float, the share of backprop's
+            memory that they may keep, up to 1.0, which is backprop with deep supervision. See `ff_lightning.LocalNet`.
+        own_loss: With `reach`, the loss of a block weighs `own_loss` to the power of its distance to the end of its
+            window; 0 to 1.
+        train_blocks: Numbers or names of the blocks to train. The others keep weights and running statistics, and vote
+            only if a checkpoint brings trained heads for them.
         kwargs: How it is trained: task, optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
     """
 
@@ -124,7 +125,7 @@ class SFF(LocalLearner):
 
     @kept
     def on_train_start(self) -> None:
-        """Let the blocks that are trained in this run vote, beside those whose heads a checkpoint brought."""
+        """Let the blocks vote that are trained in this run, or whose heads a checkpoint brought."""
         super().on_train_start()
         if self.train_blocks is not None:
             self.net.train_only(self.train_blocks)
@@ -132,7 +133,7 @@ class SFF(LocalLearner):
             self.net.voters |= self.net.trained
 
     def append_blocks(self, name: str, model: nn.Module, granularity: Granularity = "block") -> list[int]:
-        """Put further blocks on top of the network, and train only them.
+        """Put new blocks on top of the network, and train only these.
 
         Args:
             name: Of the new part.

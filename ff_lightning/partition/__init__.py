@@ -41,23 +41,23 @@ def partition(model: nn.Module, granularity: Granularity = "block", example: Exa
         model: Any network that `torch.fx` can trace. Modules inside it that cannot be traced stay in one block.
         granularity: ``"layer"``: a unit for each convolution, linear or attention layer with its norm and
             activation, also inside residual blocks, and for each squeeze-excite gate; ``"block"``: a unit for each
-            residual, inverted-residual or transformer block, and for each layer outside of them, in a plain network
-            for each run of layers at one resolution; ``"stage"``: a new unit where the resolution changes; a number:
-            so many units that keep about equally much for backward, made of whole blocks where there are enough of
-            them; a list of module names: a cut after each of them.
+            residual, inverted-residual or transformer block, and for each layer outside of them, in a plain network for
+            each run of layers at one resolution; ``"stage"``: a new unit where the resolution changes; a number: that
+            many units, cut so that the largest memory of any unit is as small as possible, made of whole blocks if
+            there are enough; a list of module names: a cut after each of them.
         example: An input batch, one sample is enough: a tensor (``model(x)``), a tuple (``model(*x)``) or a dict of
-            tensors by the names of the arguments of `forward` (``model(**x)``). The first one is what the blocks work
-            on: vectors (B, F), signals (B, C, T), images (B, C, H, W), volumes (B, C, D, H, W), tokens (B, T, F) or
-            token ids (B, T); of a dict, the first argument of `forward` that is no mask. None: a usual shape is tried.
+            tensors by the names of the arguments of `forward` (``model(**x)``). The first one goes from block to block:
+            vectors (B, F), signals (B, C, T), images (B, C, H, W), volumes (B, C, D, H, W), tokens (B, T, F) or token
+            ids (B, T); in a dict, the first argument of `forward` that is not a mask. None: a usual shape is tried.
 
     Returns:
-        The blocks in order. Each takes what the one before it returned, the first one the inputs (a tuple of them where
-        there are several, in the order of `ff_lightning.partition.inputs.Inputs.values`); the last returns the
-        feature map, equal bit by bit to what the model itself computes at that place, and nothing else.
+        The blocks in order. Each takes what the previous one returned; the first takes the inputs (if there are
+        several, a tuple in the order of `ff_lightning.partition.inputs.Inputs.values`). The last returns only the
+        feature map, equal bit by bit to that of the model.
 
     Raises:
-        ValueError: If the granularity or a module name is not known, a unit would have no weights, the model cannot
-            be traced, if the example does not pass through it, or if the blocks would compute something else.
+        ValueError: If the granularity or a module name is not known, if a unit would have no weights, if the model
+            cannot be traced or does not take the example, or if the blocks would compute something else.
 
     Warns:
         UserWarning: If parameters of the network are in no block, or get no gradient there.

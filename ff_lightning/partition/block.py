@@ -24,9 +24,9 @@ State = Tensor | tuple[Any, ...]
 class Block(nn.Module):
     """One unit of local training: a piece of a network that runs by itself.
 
-    A block takes what is alive at the border before it and returns what is alive at the border behind it: a tensor,
-    or a tuple of the block's main output and of everything that later blocks still need (a shortcut, say). So
-    blocks run in order, each on what the one before it returned, without any knowledge of the network.
+    A block takes what is alive at the border before it and returns what is alive at the border behind it: a tensor, or
+    a tuple of its main output and everything that later blocks still need, such as a shortcut. So blocks run in order,
+    each on what the previous one returned, without the network.
 
     The state dict of `body` has the keys of the original model, restricted to this block.
 
@@ -36,7 +36,7 @@ class Block(nn.Module):
         channel_dim: The dimension of the main output that counts channels.
         map_shape: Shape of a sample of the main output as a map, for the example: channels, then positions: (C,) for
             vectors, (C, T) for signals and tokens, (C, H, W), (C, D, H, W).
-        saved_bytes: What autograd keeps of one image for the backward of this block, parameters aside.
+        saved_bytes: What autograd keeps of one image for the backward of this block, without parameters.
         without_gradient: Names of its trainable parameters that no gradient of its main output reaches.
     """
 

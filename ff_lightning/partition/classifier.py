@@ -40,8 +40,8 @@ def _start_of_classifier(flow: Flow, layers: Sequence[int]) -> int:
     """Where the classifier begins: the outermost module that holds the last linear layers, and no others.
 
     The last layers are those from which a path leads to the result without any other layer. They are a classifier if
-    they are linear, (B, K) logits come out, and none of them works on what another one of them made: so it would be
-    in a residual connection, past which the features reach the result.
+    they are linear, give (B, K) logits, and none depends on another. One that does is the end of a residual connection,
+    whose shortcut brings features to the result, too.
     """
     ops, none = flow.ops, len(flow.ops)
     last, behind = _last_layers(flow)

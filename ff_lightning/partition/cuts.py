@@ -1,11 +1,11 @@
 """Where a network may be cut, and where each granularity cuts it.
 
 A cut `p` lies before operation number `p`. Anchors are the runs of operations that must stay together, one for each
-unit: a layer with weights, a gate (squeeze-excite), a residual block. Between two anchors the cut goes where the
-nesting of modules is shallowest (a norm stays with the convolution of its own module), of these where the fewest
-tensors cross (a norm behind a shortcut goes with what follows), of these as late as possible (an activation or a
-pooling stays with the layer before it). A cut is only made where a tensor crosses that all layers of the unit before it
-lead to, so that a loss on it trains them all: parallel branches that have none stay together.
+unit: a layer with weights, a gate (squeeze-excite), a residual block. Between two anchors the cut prefers, in this
+    order: the shallowest module nesting (a norm stays with the convolution of its own module), the fewest crossing
+    tensors (a norm behind a shortcut goes with what follows), the latest place (an activation or a pooling stays with
+    the layer before it). A cut is only made where a crossing tensor depends on all layers of the unit before it, so
+    that a loss on it trains them all: parallel branches without one stay together.
 """
 
 import math
@@ -75,7 +75,7 @@ def _changes(cuts: Sequence[int], areas: Sequence[int]) -> list[int]:
 
 
 def balanced_cuts(features: Features, cuts: Sequence[int], costs: Sequence[int], count: int) -> list[int]:
-    """Those of the cuts that leave `count` units, the costliest of which costs as little as can be.
+    """The cuts that leave `count` units such that the largest cost of a unit is as small as possible.
 
     Args:
         features: What is cut.
@@ -84,7 +84,7 @@ def balanced_cuts(features: Features, cuts: Sequence[int], costs: Sequence[int],
         count: Number of units wanted.
 
     Raises:
-        ValueError: If no choice leaves so many units that are trained as a whole.
+        ValueError: If no choice leaves this many units that are each trained as a whole.
     """
     borders = [0, *cuts, len(features.ops)]
     narrow = [features.is_feature_map(border) for border in borders]
@@ -101,7 +101,7 @@ def balanced_cuts(features: Features, cuts: Sequence[int], costs: Sequence[int],
 def balanced_ends(
     costs: Sequence[int], count: int, allowed: Callable[[int, int], bool] = lambda start, end: True
 ) -> list[int] | None:
-    """The ends of `count` runs of costs, the costliest of which costs as little as can be.
+    """The ends of `count` runs of costs such that the largest sum of a run is as small as possible.
 
     Args:
         costs: One or more, in order.
@@ -158,8 +158,8 @@ def named_cuts(features: Features, names: Sequence[str]) -> list[int]:
 def trainable(features: Features, cuts: Iterable[int]) -> list[int]:
     """The cuts that leave no layer untrained, and each parameter in one unit.
 
-    Left out are those between two uses of the same parameters, under whatever names, and those behind a unit that
-    has no output that all of its layers lead to: it is joined with the next one.
+    Left out are cuts between two uses of the same parameters, under whatever names, and cuts behind a unit without an
+    output that depends on all of its layers; such a unit is joined with the next one.
     """
     first: dict[int, int] = {}
     shared = [0] * (len(features.ops) + 1)  # +1 where a span begins that is not to be cut, -1 where it ends
@@ -200,9 +200,9 @@ def _narrow(features: Features) -> list[int]:
 def _residual_blocks(features: Features) -> list[Span]:
     """The spans of the residual blocks.
 
-    A residual connection is a run of operations that more than one tensor crosses all along. Its block is the
-    innermost module that holds all of it; every other module of that class is a block too (an inverted residual
-    without a shortcut, say). A connection that the network's own forward makes is a block by itself.
+    A residual connection is a stretch of operations where at least two tensors run in parallel throughout. Its block is
+    the innermost module that holds all of it; every other module of that class is a block too, such as an inverted
+    residual without a shortcut. A connection made in the network's own forward is a block by itself.
     """
     ops = features.ops
     modules = dict(features.model.named_modules())

@@ -55,13 +55,13 @@ class Hooked:
     Args:
         model: The network.
         granularity: ``"block"``: a unit for each of the repeated layers, such as those of a transformer; ``"stage"``: a
-            new unit where their resolution changes; a number: so many units of repeated layers that keep about equally
-            much for backward; a list of module names: each ends a unit.
+            new unit where their resolution changes; a number: that many units of repeated layers, with about the same
+            memory for backward; a list of module names: each ends a unit.
         call: Calls the network with an example, one sample is enough.
 
     Attributes:
-        blocks: The units in order. What runs before the end of the first belongs to it, what runs behind the last one
-            is left out. A weight that several units use belongs to the first of them, and is a constant to the others.
+        blocks: The units in order. The first includes all that runs before it; what runs behind the last one is left
+            out. A weight that several units use belongs to the first of them, and is a constant for the others.
         borders: The name of the module that ends each of them.
 
     Raises:

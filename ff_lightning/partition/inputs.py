@@ -25,10 +25,10 @@ _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 @dataclass(frozen=True)
 class Inputs:
-    """How what a user gives becomes what a network is called with: tensors in an order, the main one first.
+    """How the inputs that a user gives become the arguments of a network: tensors in order, the main one first.
 
-    The blocks work on the main input; the others travel along to the blocks that need them. Inputs by name stand in
-    the order of the arguments of `forward`, masks last.
+    The main input goes from block to block; the others are handed along to the blocks that need them. Inputs by name
+    have the order of the arguments of `forward`, with masks last.
 
     Attributes:
         names: Of the arguments.
@@ -80,8 +80,8 @@ class Inputs:
     def values(self, inputs: Example) -> tuple[Tensor, ...]:
         """The tensors in order, checked; a padding mask that is not given masks nothing.
 
-        A dict may use other names, such as those of `ff_lightning.data.Text`: its padding mask is the mask, and where a
-        single input is left on both sides, that is the main one.
+        A dict may use other names, such as those of `ff_lightning.data.Text`: its padding mask becomes the mask, and if
+        one other input is left on both sides, it is the main one.
 
         Raises:
             ValueError: If one is missing, not known, or has another shape or dtype than it should have. Ids outside of

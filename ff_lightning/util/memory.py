@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Saved:
-    """Bytes of the tensors that are kept for backward: now, and at most so far.
+    """Bytes of the tensors that are kept for backward: now, and the most so far.
 
     A storage counts once, however often it is saved, and until the last reference to it is gone.
     """
@@ -38,7 +38,7 @@ class Saved:
 
 @contextmanager
 def saved_for_backward(left_out: Iterable[Tensor] = ()) -> Iterator[Saved]:
-    """Count the tensors that autograd saves inside of the context.
+    """Count the tensors that autograd saves inside the context.
 
     Args:
         left_out: Tensors that do not count: parameters, which are there anyway.

@@ -1,8 +1,8 @@
 """Random crops and flips of whole batches, each image with draws of its own.
 
-The transforms of torchvision give every image of a batch the same crop; these do not. All chance is in a table of
-draws for each epoch, made of the seed and the epoch alone: how an image is augmented does not depend on batches,
-workers, processes, devices or where a run was interrupted.
+The transforms of torchvision give every image of a batch the same crop; these do not. All random numbers come from a
+table for each epoch, which depends only on the seed and the epoch. So the augmentation of an image does not depend on
+batches, workers, processes, devices or interruptions.
 
 Shapes: N images of a split, B batch, C channels, S pixels of a side.
 """
@@ -62,8 +62,8 @@ def shifted(images: Tensor, draws: Tensor, most: int) -> Tensor:
 def crop_box(draws: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top, left, height and width of a crop of 35 to 100 % of the area, as shares of the image, (B,) each.
 
-    The sides stand to each other as 3:4 to 4:3, as in torchvision's RandomResizedCrop; a side that would be longer than
-    the image is cut, where torchvision draws again.
+    The ratio of the sides is 3:4 to 4:3, as in torchvision's RandomResizedCrop. A side that would be longer than the
+    image is cut; torchvision draws again.
     """
     area = (0.35 + 0.65 * draws[:, AREA]) * (height * width)
     ratio = ((2 * draws[:, RATIO] - 1) * math.log(4 / 3)).exp()

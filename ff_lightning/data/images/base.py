@@ -50,20 +50,21 @@ PURPOSES = {"train": "training", "val": "validation", "test": "test"}
 class ImageData(DataModule):
     """Base of the data modules of images (B, C, H, W), float32, normalised; classes (B,), int64.
 
-    A data set has `class_names`, `input_shape` and `statistics` as class attributes, or sets them in its `__init__`
-    before it calls this one, and implements `read_train` and `read_test`; `read_val` only where it has a validation set
-    of its own. What they return gives the same image each time: augmentation is done here.
+    A subclass has the class attributes `class_names`, `input_shape` and `statistics`, or sets them in its `__init__`
+    before it calls this one. It implements `read_train` and `read_test`, and `read_val` if it comes with a validation
+    set. What they return must give the same image each time; this class does the augmentation.
 
     Args:
         root: Folder of the data.
         num_workers: Processes that decode images; None: half the cores, 8 at most. Images in memory need none.
-        image_size: Pixels of a side; None: as the data set has them.
+        image_size: Pixels of a side; None: those of the data set.
         augment: Random crops and flips of the training images.
-        download: Whether to download to `root` what is not there, if there is something to download.
-        in_memory: Hold a split as one tensor of pixels; None: up to 2 GiB. Else workers read it batch by batch.
-        cache_dir: Folder for the decoded images of a set in memory that is made of files; None:
-            ``$FF_LIGHTNING_CACHE``, or ff_lightning in the user's folder of caches (``~/.cache``).
-        on_error: An image that cannot be read is an error (``"raise"``) or is left out and reported (``"skip"``).
+        download: Whether to download missing files to `root`, for sets that can be downloaded.
+        in_memory: Whether a split is held as one tensor of pixels, or read batch by batch by workers; None: held if it
+            has up to 2 GiB.
+        cache_dir: Folder for decoded images of sets in memory that are read from files; None: ``$FF_LIGHTNING_CACHE``,
+            or ff_lightning in the user's cache folder (``~/.cache``).
+        on_error: An image that cannot be read is an error (``"raise"``), or is reported and left out (``"skip"``).
         kwargs: batch_size, val_fraction, seed, samples_per_class, subset, val_from, classes; see `DataModule`.
 
     Attributes:
@@ -181,7 +182,7 @@ class ImageData(DataModule):
     # ------------------------------------------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
-        """Shuffled and augmented anew each epoch, the same way in a run that was resumed."""
+        """Shuffled and augmented in each epoch, the same way in a resumed run."""
         self.train_set.augment(self._order_seed, *(self._augmentation() if self.augment else ("none", False)))
         return super().train_dataloader()
 

@@ -38,7 +38,7 @@ def cached(
 ) -> Stored:
     """What `make` gives, from the file `path` if that was made of the same files with the same settings.
 
-    Else it is made anew and written, also where the file is damaged. A warning says so where it cannot be written.
+    Otherwise, or if the file is damaged, it is made and written again. If it cannot be written, a warning says so.
 
     Args:
         path: The file.

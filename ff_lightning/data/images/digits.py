@@ -16,7 +16,7 @@ from ff_lightning.data.images.vectors import VectorData
 class Digits(VectorData):
     """1,797 real scans of handwritten digits, 8x8 grey values: 20 % are the test set, stratified with a fixed seed.
 
-    The scans are not augmented: a shifted or mirrored digit of 8 pixels is another sign.
+    The scans are not augmented: shifting or mirroring a digit of 8 pixels would change what it shows.
 
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
 

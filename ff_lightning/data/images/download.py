@@ -23,8 +23,8 @@ WITH_VAL: Splits = {split: {"split": split, "loader": load_image} for split in (
 class DownloadedData(VectorData):
     """Base of these sets: each names the class of torchvision that reads it, and the arguments for its splits.
 
-    A marker lies in `root` from the beginning of a download to its end: torchvision takes some half extracted archives
-    for whole ones, so what such a download left is removed by the next one, and never read.
+    A marker file lies in `root` during a download. torchvision takes some half extracted archives for whole ones; if
+    the marker is still there, they are removed and never read.
 
     Args:
         kwargs: root, download, flat, ...; see `ImageData` and `VectorData`.
@@ -37,7 +37,7 @@ class DownloadedData(VectorData):
     """What an archive fills, below root, where torchvision does not know the checksums of the single files."""
 
     def prepare_data(self) -> None:
-        """Download what is not there.
+        """Download what is missing.
 
         Raises:
             OSError: If that fails; another run repairs it.

@@ -1,4 +1,4 @@
-"""Images that are made, not read, and yet can be learned."""
+"""Generated images whose classes can be learned."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from ff_lightning.util.arguments import check_whole
 
 
 class FakeImages(ImageData):
-    """Ten coarse patterns of colours under noise, the same on every machine: nothing to download.
+    """Ten coarse patterns of colours with noise, generated, the same on every machine: nothing to download.
 
     Args:
         images: Number of training images; there are a quarter as many to test.

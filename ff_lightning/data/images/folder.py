@@ -57,14 +57,14 @@ class ImageFolder(ImageData):
     """Images in ``root/{train,val,test}/<class>/*``; ``val`` and ``test`` may be missing.
 
     Without ``val``, validation images are cut from ``train``. With ``val`` but without ``test``, ``val`` is the test
-    set and validation images are cut from ``train``, so that nothing is chosen on the test set. The folders may also
-    be named ``training``, ``valid``, ``validation`` or ``testing``. Hidden files and folders, and what file managers
-    leave behind, are passed over. Pixels are normalised by the statistics of ImageNet.
+    set and validation images are cut from ``train``, so that nothing is chosen by the test set. The folders may also be
+    named ``training``, ``valid``, ``validation`` or ``testing``. Hidden files and folders, and those that file managers
+    leave behind, are skipped. Pixels are normalised by the statistics of ImageNet.
 
     Args:
         root: Folder with the folder ``train``.
-        kwargs: image_size, batch_size, augment, val_fraction, seed, ...; see `ImageData`. Without an image_size it is
-            the shorter side of the first training image.
+        kwargs: image_size (None: the shorter side of the first training image), batch_size, augment, val_fraction,
+            seed, ...; see `ImageData`.
 
     Raises:
         FileNotFoundError: If a folder or a class is missing or empty.

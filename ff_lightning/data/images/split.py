@@ -1,4 +1,4 @@
-"""Batches of images: uint8 as they are held or read, then augmented and normalised on the device."""
+"""Batches of images: held or read as uint8, then augmented and normalised on the device."""
 
 from collections.abc import Sequence
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""Tiny ImageNet, which torchvision does not have, but its folders can be read."""
+"""Tiny ImageNet, which torchvision does not have."""
 
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,7 @@ SPLITS = {"train": {"split": "train"}, "test": {"split": "val"}}
 class TinyImageNet(DownloadedData):
     """110,000 photographs of 64x64 pixels in 200 classes; its 10,000 validation images are the test set.
 
-    The images of its own test set have no classes. The names of the classes are known when it is there; before, they
-    are numbers.
+    The images of its own test set have no classes. Class names are numbers until the set is downloaded.
 
     Source: Stanford CS231n, Tiny ImageNet Visual Recognition Challenge, 2015.
 
