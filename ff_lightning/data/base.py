@@ -170,8 +170,7 @@ class DataModule(SafeLoading, LightningDataModule):  # type: ignore[misc]  # one
             (self.test_set,) = self._whole("test", "test", self.read_test())
 
     def training_samples(self, has_val: bool) -> tuple[Any, Targets, Indices, Indices | None]:
-        """The samples that are read for training, all their targets, and the numbers of those to train and to validate
-        on.
+        """The samples read for training, all their targets, and which of them to train and to validate on.
 
         Args:
             has_val: Whether there are separate validation samples; the last numbers are then None.

@@ -65,12 +65,12 @@ class LocalNet(LocalBlocks):
             module from goodness (B, K) and targets to a scalar; or a class or function that makes such a module, or an
             `Objective`, for each block. If it has a parameter `place`, it gets the `Place` of the block. None:
             logsumexp.
-        reach: The most blocks that a loss trains: its own, and those below it up to the previous border. Above 1 the
-            network is cut into windows of `reach` blocks, which move one block down at each pass, so that each border
-            is open half of the time or more, and each block also learns from losses above its own. The graphs of
-            `reach` blocks are then alive at once. A float above 0 and below 1 is a share of memory: no window keeps
-            more for backward than this share of what backprop keeps, unless a single block does; its memory is then the
-            limit. 1.0 is one window over all blocks: backprop with deep supervision. See `windows`.
+        reach: The largest number of blocks that a loss trains: its own, and those below it up to the previous border.
+            Above 1 the network is cut into windows of `reach` blocks, which move one block down at each pass, so that
+            each border is open half of the time or more, and each block also learns from losses above its own. The
+            graphs of `reach` blocks are then alive at once. A float above 0 and below 1 is a share of memory: no window
+            keeps more for backward than this share of what backprop keeps, unless a single block does; its memory is
+            then the limit. 1.0 is one window over all blocks: backprop with deep supervision. See `windows`.
         vocabulary: Number of token ids, if a sample is a row of ids, int64. A parameter of `forward` with the name of a
             padding mask (see `Inputs`) is then taken as one.
         example: An input batch instead of `input_shape`, for a network with several inputs: a tuple of tensors, or a
