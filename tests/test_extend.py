@@ -25,7 +25,7 @@ def test_it_learns(what, made, make_trainer):
     if argument:
         model = SFF(small_net(), **SHAPE, **{argument: made[what]})
     else:
-        model = SFF(made[what](), **SHAPE) if what == "ThreeBlocks" else made[what](**SHAPE)
+        model = SFF(made[what](width=8), **SHAPE) if what == "ThreeBlocks" else made[what](**SHAPE)
     trainer = make_trainer(max_epochs=4, limit_train_batches=1.0, limit_val_batches=1.0)
     trainer.fit(model, data.Digits(batch_size=32))
     logged = trainer.callback_metrics
