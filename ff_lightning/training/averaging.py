@@ -10,13 +10,13 @@ from torch import nn
 class Averaging:
     """The gradients of a block on their way through all processes.
 
-    They travel as one flat tensor of the block's size, behind them for each parameter the number of processes that
-    have a gradient for it: a parameter without one anywhere keeps none, so that weight decay does not move it; where
-    only some have one, the others count as zero.
+    They travel as one flat tensor of the block's size, followed by the number of processes that have a gradient for
+    each parameter. A parameter without a gradient on any process keeps none, so that weight decay does not move it. If
+    only some processes have one, the others count as zero.
 
     Args:
         parameters: The parameters of the block, the same on all processes.
-        group: The processes. One of its own does not wait behind what others send, such as synchronised batch norms.
+        group: The processes. A separate group does not wait behind other messages, such as synchronised batch norms.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a batch may be: inputs and targets in any of the usual shapes. All else is answered in one sentence.
+"""What a batch may be: inputs and targets in any of the usual forms. Anything else is an error in one sentence.
 
 Shapes: B batch.
 """
@@ -25,7 +25,7 @@ def split_batch(batch: Any) -> tuple[Inputs, Any]:
     input stands for that input.
 
     Args:
-        batch: What a loader gave.
+        batch: What a loader returned.
 
     Returns:
         The inputs, as a tuple for ``network(*inputs)``, and the targets, None where there are none.
@@ -51,7 +51,7 @@ def check_inputs(inputs: Inputs, input_shape: Sequence[int], vocabulary: int | N
 
     Raises:
         ValueError: If the first input is not floating of the shape (B, *input_shape), but for the sides of images; or,
-            with a vocabulary, if it holds no token ids (B, T). What else belongs to ids is left to the network.
+            with a vocabulary, if it holds no token ids (B, T). Further inputs beside ids are left to the network.
     """
     x = inputs[0] if inputs else inputs
     what = "images" if len(input_shape) == 3 else "inputs"

@@ -17,8 +17,8 @@ from ff_lightning.util.files import check_sums, replacing
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under another name beside its place and then renames it.
 
-    A process that dies while it writes leaves the checkpoint that was there before. Lightning's own writer goes over
-    the folder for temporary files, and where that is another file system its last step is an ordinary copy.
+    If a process dies while it writes, the previous checkpoint is still there. Lightning's own writer uses the folder
+    for temporary files; if that is on another file system, its last step is an ordinary copy.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -58,10 +58,10 @@ def is_remote(path: Any) -> bool:
 
 
 def fetched(path: Any) -> Any:
-    """What lies at a URL, in memory; all else as it is.
+    """The content at a URL, in memory; anything else unchanged.
 
-    Lightning reads ``http://`` with ``weights_only=False``, and keeps it under the file's name for the next URL that
-    ends in the same name.
+    Lightning reads ``http://`` with ``weights_only=False``, and caches it under the file's name, even for another URL
+    that ends in the same name.
     """
     return io.BytesIO(get_filesystem(path).cat_file(str(path))) if is_remote(path) else path
 
@@ -70,7 +70,7 @@ def read(source: Any, map_location: Any = "cpu", weights_only: bool | None = Non
     """The content of a checkpoint: tensors and plain values, and no code unless that is asked for.
 
     Args:
-        source: A path, whose tensors are read when they are used, or an open file, which is left where it stands.
+        source: A path, whose tensors are read when they are used, or an open file, whose position is kept.
         map_location: Where the tensors go; see `torch.load`.
         weights_only: False: run the code that the file brings.
     """

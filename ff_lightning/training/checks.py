@@ -1,4 +1,4 @@
-"""What cannot work is said before it is tried: arguments, Trainer flags, data and checkpoints."""
+"""Checks before a run: arguments, Trainer flags, data and checkpoints."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast, get_args
@@ -110,7 +110,7 @@ def check_trainer_flags(trainer: Trainer) -> None:
 
 
 def check_batches(trainer: Trainer) -> None:
-    """Raise ValueError if the Trainer was told to run no batch: it would end at once, and say nothing."""
+    """Raise ValueError if the Trainer was told to run no batch: it would end at once, silently."""
     flag = {TrainerFn.FITTING: "train", TrainerFn.VALIDATING: "val", TrainerFn.TESTING: "test"}.get(
         cast(TrainerFn, trainer.state.fn), "predict"
     )
@@ -119,7 +119,7 @@ def check_batches(trainer: Trainer) -> None:
 
 
 def check_something_ran(trainer: Trainer) -> None:
-    """Raise ValueError if a run that has ended saw no batch, since its loader had none."""
+    """Raise ValueError if a finished run saw no batch, because its loader had none."""
     fn = cast(TrainerFn, trainer.state.fn)
     if fn == TrainerFn.FITTING:
         seen = trainer.fit_loop.epoch_loop.batch_progress.total.ready
@@ -137,7 +137,7 @@ def check_something_ran(trainer: Trainer) -> None:
 def check_strategy(strategy: Strategy, automatic: bool = True) -> None:
     """Raise MisconfigurationException for a strategy that spreads the parameters themselves over devices.
 
-    In manual optimization also for what belongs to the backward of DistributedDataParallel, which is not used there.
+    In manual optimization also for settings of DistributedDataParallel's backward, which is not used there.
     """
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         raise MisconfigurationException(

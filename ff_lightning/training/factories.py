@@ -1,7 +1,7 @@
 """Optimizers, schedulers, heads and networks as arguments: from Python, from YAML and from a checkpoint.
 
-A checkpoint is read without running any code, so what is stored is always ``{class_path, init_args}``. That may come
-from a checkpoint of somebody else's: it is looked up by the rules for those, in `ff_lightning.training.trust`.
+A checkpoint is read without running any code, so it stores ``{class_path, init_args}``. As it may be a stranger's, the
+class path is looked up by the rules of `ff_lightning.training.trust`.
 """
 
 import functools

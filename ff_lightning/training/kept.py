@@ -1,4 +1,4 @@
-"""Hooks that a subclass cannot lose: what they do is done, also where an override does not call ``super()``."""
+"""Hooks of a base class that run even if an override does not call ``super()``."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 def kept(hook: Hook) -> Hook:
-    """Mark a hook of a base class: `KeepsHooks` runs it behind any override that does not run it itself."""
+    """Mark a hook of a base class: `KeepsHooks` runs it after any override that does not call it."""
 
     @functools.wraps(hook)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:

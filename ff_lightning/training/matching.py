@@ -1,7 +1,7 @@
 """Whether a checkpoint fits the model, the data and the run that read it.
 
-A checkpoint whose tensors fit may still be one of another network, such as one with another norm between the blocks, or
-of other classes in the same number: its scores would be wrong without a word.
+Even if its tensors fit, a checkpoint may be of another network (such as one with another norm between the blocks) or of
+other classes in the same number. Its scores would be silently wrong.
 """
 
 import inspect
@@ -121,12 +121,12 @@ def classes_of_classifier(weights: str | None, num_classes: int) -> dict[str, An
 def check_same_data(trained_on: Mapping[str, Any], data: Mapping[str, Any], strict: bool = True) -> None:
     """Compare the data that a model was trained on with the data that it gets.
 
-    Another normalisation is a warning: a data set may have statistics of its own for good reasons.
+    Another normalisation is only a warning: a data set may have good reasons for its own statistics.
 
     Args:
         trained_on: As `describe_data` gives it.
         data: As `describe_data` gives it.
-        strict: Whether other classes are an error; in a new run, which may be there to learn them, they are a warning.
+        strict: Whether other classes are an error. In a new run, which may be meant to learn them, they are a warning.
 
     Raises:
         ValueError: If `strict` and the classes are others, or are numbered in another order.
@@ -164,7 +164,7 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def check_same_run(saved: Mapping[str, Any], own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
-    """Compare the settings of an interrupted run with those of the run that goes on with it.
+    """Compare the settings of an interrupted run with those of the run that resumes it.
 
     Args:
         saved: Arguments of the model that wrote the checkpoint.

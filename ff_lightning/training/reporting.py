@@ -1,4 +1,4 @@
-"""What is reported of training, and how the units and their vote are evaluated.
+"""Reports of training, and evaluation of the units and their vote.
 
 Shapes: B batch, K scores, U units.
 """
@@ -93,7 +93,7 @@ class Reporting(KeepsHooks, LightningModule):
         Args:
             batch: What a loader gave.
             training: Whether it is trained on.
-            look: Whether to look at the values also where that waits for a device; None: in the first batch of an epoch
+            look: Whether to check the values even if that waits for a device; None: only in the first batch of an epoch
                 of training.
 
         Raises:
@@ -116,7 +116,7 @@ class Reporting(KeepsHooks, LightningModule):
         self._losses_of_batch += update.values
 
     def report_scores(self, scores: Tensor, target: Tensor) -> None:
-        """Count the figures of the vote in training, from scores (U, B, K) that a method has at no extra pass."""
+        """Count the figures of the vote in training, from scores (U, B, K) that cost no extra pass."""
         if not torch.is_grad_enabled():  # of a validation that has no scores
             return
         with torch.no_grad():
@@ -181,7 +181,7 @@ class Reporting(KeepsHooks, LightningModule):
 
     @kept
     def on_validation_start(self) -> None:
-        """End a run that went wrong before its weights are taken for a checkpoint; make batch norms alike."""
+        """End a run that went wrong before its weights are saved; make batch norms alike on all processes."""
         if self.train_losses.update_called:
             self._finite_losses()
         if self.trainer.world_size > 1:

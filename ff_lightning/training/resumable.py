@@ -1,4 +1,4 @@
-"""What a run leaves in its checkpoints, and how a run or a test takes one up."""
+"""What a run adds to its checkpoints, and how a run or a test reads one."""
 
 import sys
 import warnings
@@ -24,10 +24,10 @@ _EXPECTED = (
 
 
 class Resumable(Reporting):
-    """A model whose checkpoints say what it is and what it was trained on, and which goes on where a run stopped.
+    """A model whose checkpoints name the model and its data, and which continues where a run stopped.
 
     Attributes:
-        trained_on: What the data that it was trained on say of themselves; see `ff_lightning.training.matching`.
+        trained_on: The description of the data that it was trained on; see `ff_lightning.training.matching`.
     """
 
     accumulate: int
@@ -44,7 +44,7 @@ class Resumable(Reporting):
 
     @kept
     def setup(self, stage: str) -> None:
-        """Compare the model with the data; have checkpoints written that are whole or not there."""
+        """Compare the model with the data; make the Trainer write only complete checkpoints."""
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message=message)
         strategy = self.trainer.strategy
@@ -123,7 +123,7 @@ class Resumable(Reporting):
         make_checkpoint_plain(checkpoint)
 
     def take_up(self) -> None:
-        """Go on where the run was interrupted, if it was."""
+        """Continue where the run was interrupted, if it was."""
         interrupted, self._interrupted = self._interrupted, {}
         if self.trainer.ckpt_path is not None and interrupted:
             resume.restore_window(self.trainer, interrupted.get("window", 1), bool(interrupted["gradients"]))

@@ -1,4 +1,4 @@
-"""What a run needs besides Lightning's own checkpoint to go on exactly where it was interrupted.
+"""What a run needs besides Lightning's own checkpoint to continue exactly where it was interrupted.
 
 Lightning keeps weights, optimizers, schedulers, the gradient scaler and the position in the data. Here are the random
 numbers of every process, and the gradients of a window of accumulation that was not complete.
@@ -21,15 +21,15 @@ from ff_lightning.training.lightning_private import load_loader_states, train_lo
 
 
 def restore_window(trainer: Trainer, window: int, waiting: bool) -> None:
-    """Go on with the accumulation of gradients; a `GradientAccumulationScheduler` speaks only when an epoch begins.
+    """Continue an accumulation of gradients; a `GradientAccumulationScheduler` acts only at the start of an epoch.
 
     Args:
-        trainer: Of the run that goes on.
+        trainer: That of the resumed run.
         window: Number of batches of an accumulation when the checkpoint was written.
         waiting: Whether it was not complete.
 
     Raises:
-        ValueError: If gradients of a window wait, and those of this run are of another length.
+        ValueError: If gradients of a window wait, and the windows of this run have another length.
     """
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in _callbacks(trainer)):
         trainer.accumulate_grad_batches = window

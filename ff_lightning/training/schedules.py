@@ -52,9 +52,9 @@ def total_steps(module: Any) -> int:
 
 
 def follow_first_group(optimizer: Optimizer, scheduler: Any) -> None:
-    """Have parameter groups that came in the run, as those of `BaseFinetuning`, follow the schedule of the first one.
+    """Make parameter groups added during the run, as by `BaseFinetuning`, follow the schedule of the first group.
 
-    They keep the share of its rate with which they came.
+    They keep their learning-rate factor relative to it.
     """
     first = optimizer.param_groups[0]
     for number, group in enumerate(optimizer.param_groups):

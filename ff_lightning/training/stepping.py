@@ -1,4 +1,4 @@
-"""Steps of the units in manual optimization, each as soon as its gradients are there."""
+"""Steps of the units in manual optimization, each as soon as its gradients are ready."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,8 @@ class Stepper:
     steps after that.
 
     Args:
-        module: The model. Of it are used `trainer`, `parameters_of_units`, `optimizer_of_unit`, `lr_schedulers()`.
+        module: The model, of which `trainer`, `parameters_of_units`, `optimizer_of_unit` and `lr_schedulers()` are
+            used.
         group: The processes that average; None: there is one process.
     """
 

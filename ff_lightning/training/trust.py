@@ -1,9 +1,9 @@
 """What a checkpoint may name.
 
 A checkpoint is read without running code (``weights_only``), but its hyper-parameters name classes, and those are
-called. So they are checked before anything is made of them. A checkpoint may name subclasses of `KINDS`, out of
-`PACKAGES` or out of modules that are imported already; no other module is imported for it, and no function is taken
-from it. What the user's own command line, YAML or Python names is the user's own code and is not checked.
+called. So they are checked first. A checkpoint may name subclasses of `KINDS` from `PACKAGES` or from modules that are
+already imported; no other module is imported for it, and it cannot name a function. Names in the user's own command
+line, YAML or Python are not checked.
 """
 
 import functools
@@ -31,7 +31,7 @@ from ff_lightning.training.checkpoint_io import check_whole, fetched, read
 from ff_lightning.training.lightning_private import INSTANTIATOR, hyperparameters_given, restricted_classmethod
 
 PACKAGES = ("torch", "torchvision", "lightning", "ff_lightning")
-"""Their modules are imported where a checkpoint names one of their classes."""
+"""Their modules are imported if a checkpoint names one of their classes."""
 
 KINDS = (Optimizer, LRScheduler, nn.Module, LightningDataModule, Task)
 """A checkpoint may name their subclasses."""
@@ -252,14 +252,14 @@ class SafeLoading:
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Make what a checkpoint holds, as Lightning does; arguments given here replace those that are stored.
+        """Load a model or data module as Lightning does; arguments given here replace the stored ones.
 
         Args:
             checkpoint_path: A path, a URL or an open file.
             map_location: Where the tensors go; see `torch.load`.
             hparams_file: A YAML file in place of the stored arguments.
             strict: Whether the names of all tensors must match.
-            weights_only: False: read a file that you trust, with all the code that it may bring.
+            weights_only: False: read a file that you trust, and run the code that it may contain.
             kwargs: Arguments of the class.
 
         Raises:
