@@ -133,7 +133,10 @@ class _ByChannels(torch.autograd.Function):
             with torch.enable_grad():
                 mapped = _redone(ctx, part, channels, *weights)
             of_map = torch.ops.aten.max_pool2d_with_indices_backward(
-                arriving[:, part].contiguous(memory_format=layout), mapped.detach(), *_pairs(ctx.pooling), places[:, part].long()
+                arriving[:, part].contiguous(memory_format=layout),
+                mapped.detach(),
+                *_pairs(ctx.pooling),
+                places[:, part].long(),
             )
             wanted = [value for value in (channels, *weights) if value is not None]
             found = iter(torch.autograd.grad(mapped, wanted, of_map))
