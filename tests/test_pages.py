@@ -20,7 +20,8 @@ def test_every_link_leads_to_a_file_and_to_a_heading_of_it(page):
         if anchor:
             assert anchor in anchors(place), target
         if page.is_relative_to(ROOT / "docs"):
-            assert place.is_relative_to(ROOT / "docs"), f"{target}: the site has nothing outside of docs"
+            on_the_site = place.is_relative_to(ROOT / "docs") or place.parent == ROOT / "notebooks"
+            assert on_the_site, f"{target}: the site has nothing else"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs pip install -e '.[docs]'")
@@ -33,6 +34,7 @@ def test_the_site_is_built_and_loads_nothing_from_elsewhere(tmp_path):
         loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=\"(.*?)\"", page.read_text())
         loaded += re.findall(r"<link [^>]*rel=\"(?:stylesheet|preload)\"[^>]* href=\"(.*?)\"", page.read_text())
         assert not [address for address in loaded if re.match(r"(\w+:)?//", address)]
-    for method in (ROOT / "docs/methods").glob("*.md"):
-        assert f"methods/{method.stem}/" in (tmp_path / "index.html").read_text(), "each method is in the navigation"
+    start = (tmp_path / "index.html").read_text()
+    for page in (*(ROOT / "docs/methods").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")):
+        assert f'href="{page.parent.name}/{page.stem}/"' in start, "each method and notebook is in the navigation"
     assert "GreedyBlocks" in (tmp_path / "api/parts/index.html").read_text()
