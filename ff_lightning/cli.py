@@ -6,11 +6,10 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ff_lightning import __version__
-from ff_lightning.callbacks import BestCheckpoint, BlockTable, LastCheckpoint, Pictures
+from ff_lightning.callbacks import BestCheckpoint, BlockTable, Charts, LastCheckpoint, Pictures
 from ff_lightning.callbacks.table import LogShortEpochs
 from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
 from ff_lightning.commands.ckpt_path import find_checkpoint, find_root, read_checkpoint
@@ -104,6 +103,7 @@ class CLI(LightningCLI):
         self._subcommand_parsers["test"].add_argument(
             "--pictures", type=str | None, default=None, help="folder to draw what is confused into; see `Pictures`"
         )
+        self._subcommand_parsers["test"].add_argument("--pictures_format", type=Literal["png", "svg"], default="png")
         _Parser.commands = self._subcommand_parsers
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -178,18 +178,18 @@ class CLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Follow the learning rates, where there is a logger for them."""
+        """Group what is logged, where there is a logger."""
         if self.trainer.loggers:
-            cast(Any, self.trainer).callbacks.append(LearningRateMonitor(logging_interval="step"))
+            cast(Any, self.trainer).callbacks.append(Charts())
 
     def before_test(self) -> None:
         """Say so where there is nothing to test."""
         if not self.config[self.subcommand].get("ckpt_path"):
             warnings.warn("no --ckpt_path was given: these are the results of an untrained network", stacklevel=1)
 
-        pictures = self.config[self.subcommand].get("pictures")
-        if pictures is not None:
-            cast(Any, self.trainer).callbacks.append(Pictures(pictures))
+        config = self.config[self.subcommand]
+        if config.get("pictures") is not None:
+            cast(Any, self.trainer).callbacks.append(Pictures(config.pictures, config.pictures_format))
 
     before_validate = before_predict = before_test
 

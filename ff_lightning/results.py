@@ -5,15 +5,15 @@ A recipe is a config of the same name for several methods, ``configs/METHOD/RECI
 """
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ff_lightning.commands.answers import PlainParser, as_path
+from ff_lightning.commands.answers import PlainParser, as_path, in_one_line
 from ff_lightning.commands.runs import read_run, run, runs_in
 from ff_lightning.commands.tabulating import headline, plot, table, write_csv
+from ff_lightning.util.extras import needs
 from ff_lightning.util.suggest import unknown
 
 _NO_METHOD = "trainer"
@@ -23,8 +23,9 @@ _NO_METHOD = "trainer"
 def main(args: Sequence[str] | None = None) -> None:
     """Run and tabulate; see ``--help``."""
     arguments, of_fit = _parser().parse_known_args(args)
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        sys.exit("--plot needs matplotlib: pip install matplotlib")
+    if arguments.plot:
+        with in_one_line():
+            needs("matplotlib", "plot")
     configs = [path for recipe in arguments.recipes for path in _configs(recipe, arguments.configs, arguments.methods)]
     runs = [(config, seed) for config in configs for seed in arguments.seeds]
     left = 0

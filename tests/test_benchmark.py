@@ -1,4 +1,5 @@
 import json
+import sys
 from itertools import pairwise
 
 import pytest
@@ -130,7 +131,7 @@ def test_operations_of_own_functions_are_counted():
 
 
 def test_plot_says_what_it_needs(monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match="2"):
         main(["--plot", "memory.png"])
-    assert "pip install matplotlib" in capsys.readouterr().err
+    assert "pip install 'ff-lightning[plot]'" in capsys.readouterr().err

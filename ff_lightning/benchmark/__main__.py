@@ -1,7 +1,6 @@
 """The command ``python -m ff_lightning.benchmark``."""
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 import time
@@ -16,8 +15,9 @@ from ff_lightning.backbones import Stem
 from ff_lightning.benchmark.measure import measure
 from ff_lightning.benchmark.report import Run, plot, print_table, write_json
 from ff_lightning.benchmark.variants import Settings, build
-from ff_lightning.commands.answers import PlainParser, as_path
+from ff_lightning.commands.answers import PlainParser, as_path, in_one_line
 from ff_lightning.heads import HEADS
+from ff_lightning.util.extras import needs
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -63,8 +63,9 @@ def _settings(arguments: argparse.Namespace, classes: int) -> Settings:
 def _checked(parser: argparse.ArgumentParser, args: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; what would only show after minutes of measuring ends the command here."""
     arguments = parser.parse_args(args)
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if arguments.plot:
+        with in_one_line():
+            needs("matplotlib", "plot")
     for file in (arguments.json, arguments.plot):
         if file and not file.parent.is_dir():
             parser.error(f"the folder of {file} does not exist")

@@ -1,7 +1,5 @@
 """``ff-lightning exits``: what early exit saves, and what it costs."""
 
-import importlib
-import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +11,11 @@ from torch import Tensor
 
 from ff_lightning.commands.answers import PlainParser, as_path
 from ff_lightning.commands.ckpt_path import checkpoint_at, data_of
+from ff_lightning.drawing.figure import new_figure, save
 from ff_lightning.inference import load
 from ff_lightning.local.exits import RULES, EarlyExit, depth_answers, multiply_adds
 from ff_lightning.local.net import LocalNet
+from ff_lightning.util.extras import needs
 
 TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95)
 """Shares of the samples that leave at each block: the points of a curve."""
@@ -51,8 +51,8 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--out", type=as_path, help="picture to draw, such as exits.png")
     settings = parser.parse_args(args)
     path = checkpoint_at(settings.ckpt_path)
-    if settings.out and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"out={str(settings.out)!r} needs matplotlib: pip install 'ff-lightning[plot]'")
+    if settings.out:
+        needs("matplotlib", "plot")
     net: Any = load(path).network
     net = getattr(net, "net", net)
     data = data_of(path, settings.root)
@@ -108,13 +108,12 @@ def curve(net: LocalNet, val: Iterable[Any], test: Iterable[Any], rules: Sequenc
 
 
 def _draw(points: Sequence[Point], path: Path) -> None:
-    plt: Any = importlib.import_module("matplotlib.pyplot")
-    figure, axes = plt.subplots()
+    figure = new_figure(6.4, 4.8)
+    axes = figure.subplots()
     for kind in ("blocks", *RULES):
         own = [point for point in points if point.name.startswith(kind)]
         axes.plot([100 * p.cost for p in own], [100 * p.error for p in own], "o-", label=kind)
     axes.set_xlabel("multiply-adds, % of all blocks")
     axes.set_ylabel("test error, %")
     axes.legend()
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)

@@ -16,9 +16,9 @@ from ff_lightning.commands.ckpt_path import checkpoint_at
 from ff_lightning.data.images.folder import ENDINGS
 from ff_lightning.data.listing import files_below
 from ff_lightning.inference import Prediction, Predictor, load
-from ff_lightning.inference.formats import needs
 from ff_lightning.inference.predictor import in_batches
 from ff_lightning.util.arguments import check_whole
+from ff_lightning.util.extras import needs
 from ff_lightning.util.files import printable, replacing
 
 MOST_NAMED = 10

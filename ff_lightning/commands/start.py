@@ -51,7 +51,8 @@ usage: ff-lightning {command} [--config FILE ...] [--model NAME] [--data NAME] [
 """
 
 _PICTURES = """\
-  --pictures FOLDER              draw what is confused, the worst mistakes, the accuracy of each block; needs matplotlib
+  --pictures FOLDER              draw what is confused, the worst mistakes, what each block knows; needs matplotlib
+  --pictures_format png|svg      how
 
 """
 

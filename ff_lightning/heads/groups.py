@@ -43,3 +43,8 @@ class GroupHead(nn.Module):
             (B, K), float32.
         """
         return features.float().square().unflatten(1, (self.num_classes, -1)).flatten(2).mean(2)
+
+    def maps(self, features: Tensor) -> Tensor:
+        """The part of each position in the goodness: features (B, C, ...) -> (B, K, ...), float32."""
+        parts = features.float().square().unflatten(1, (self.num_classes, -1)).mean(2)
+        return parts / max(1, parts[0, 0].numel())

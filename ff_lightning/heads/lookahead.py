@@ -76,6 +76,12 @@ class LookAhead(nn.Module):
         goodness: Tensor = self.pooled(features)
         return goodness
 
+    def maps(self, features: Tensor) -> Tensor:
+        """The part of each region, as the last copy sees it, in the goodness; see `PooledHead.maps`."""
+        for part in self.copies:
+            features = part(features)
+        return self.pooled.maps(features)
+
 
 class _Segment:
     """Blocks between two places of the network that a single tensor crosses."""

@@ -77,6 +77,13 @@ class PooledHead(nn.Module):
         activity: Tensor = self.classes(self.features(F.layer_norm(means, means.shape[1:])).flatten(1))
         return activity.float()
 
+    def maps(self, features: Tensor) -> Tensor:
+        """The part of each region in the goodness, but for the bias: features (B, C, H, W) -> (B, K, h, w), float32."""
+        means = region_means(features, self.regions)
+        seen = self.features(F.layer_norm(means, means.shape[1:])).float()
+        kernels = self.classes.weight.float().unflatten(1, seen.shape[1:])
+        return torch.einsum("bc...,kc...->bk...", seen, kernels)
+
 
 _MEANS: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 

@@ -147,3 +147,8 @@ class GoodnessHead(nn.Module):
         """
         goodness = class_goodness(self.features(features), self.classes.weight, self.classes.bias, mask)
         return goodness * torch.exp(-self.log_temperature)
+
+    def maps(self, features: Tensor) -> Tensor:
+        """The part of each position in the goodness: features (B, C, H, W) -> (B, K, h, w), float32."""
+        squares = self.classes(self.features(features)).float().square()
+        return squares * torch.exp(-self.log_temperature) / squares[0, 0].numel()

@@ -9,7 +9,6 @@
 Input ``images`` (B, C, H, W), normalised, and output ``scores`` (B, K), both float32; B may be any number.
 """
 
-import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from ff_lightning.inference.facts import Facts
+from ff_lightning.util.extras import needs
 
 KEY = "ff_lightning"
 """Of the facts, as JSON, in the metadata of each format."""
@@ -27,18 +27,6 @@ HUB_FILES = ["model.safetensors", "README.md"]
 """What is taken from a model on the hub, and all that is written for it."""
 
 Network = Callable[[Tensor], Tensor]
-
-
-def needs(module: str, extra: str) -> Any:
-    """The module of an extra.
-
-    Raises:
-        ModuleNotFoundError: If it is not installed, with the command that installs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{module} is not installed: pip install 'ff-lightning[{extra}]'") from error
 
 
 class Answering(nn.Module):

@@ -14,6 +14,7 @@ from ff_lightning.inference.predictor import Predictor
 from ff_lightning.modules import LocalLearner
 from ff_lightning.training.checkpoint_io import is_remote
 from ff_lightning.training.trust import named_class
+from ff_lightning.util.extras import needs
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", **arguments: Any) -> Predictor:
@@ -63,7 +64,7 @@ def from_pretrained(name: str, revision: str | None = None, device: str = "cpu",
     """
     if Path(name).expanduser().is_dir():
         return load(name, device, **arguments)
-    hub = formats.needs("huggingface_hub", "hub")
+    hub = needs("huggingface_hub", "hub")
     return load(hub.snapshot_download(name, revision=revision, allow_patterns=formats.HUB_FILES), device, **arguments)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from ff_lightning.inference.exporting import export
 from ff_lightning.inference.facts import Facts
-from ff_lightning.inference.formats import HUB_FILES, needs
+from ff_lightning.inference.formats import HUB_FILES
 from ff_lightning.inference.predictor import Predictor
+from ff_lightning.util.extras import needs
 
 _NOT_ON_CARDS = ("num_classes", "input_shape", "task")
 """Arguments that the card has in words."""

@@ -85,6 +85,11 @@ class LocalBlocks(nn.Module):
         heads = (getattr(objective, "head", None) for objective in self.objectives)
         return nn.ModuleList(head for head in heads if head is not None)
 
+    @property
+    def channels(self) -> list[int]:
+        """The number of channels of each block's features."""
+        return [cast(Block, block).map_shape[0] for block in self.blocks]
+
     def units(self) -> dict[str, tuple[nn.Module, nn.Module]]:
         """Block and objective of each unit of training, by the name of the block."""
         return {

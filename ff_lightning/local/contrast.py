@@ -208,12 +208,16 @@ class ContrastNet(nn.Module):
 
         The pair (a, a) has twice the output of a alone, which standardising takes back.
         """
+        return torch.cat(self.layer_features(x), 1)
+
+    @torch.no_grad()
+    def layer_features(self, x: Tensor) -> list[Tensor]:
+        """The same of each layer by itself."""
         features = []
-        with torch.no_grad():
-            for layer in cast(Sequence[ContrastLayer], self.layers):
-                x = layer.output(layer(x))
-                features.append(layer.for_readout(x))
-        return torch.cat(features, 1)
+        for layer in cast(Sequence[ContrastLayer], self.layers):
+            x = layer.output(layer(x))
+            features.append(layer.for_readout(x))
+        return features
 
 
 def _check_pair(argument: str, value: Any) -> None:

@@ -172,6 +172,10 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         """Features for probes, (B, D)."""
         raise NotImplementedError(f"{type(self).__name__} gives no features: it needs representation(*inputs)")
 
+    def block_features(self, *inputs: Any) -> Sequence[Tensor]:
+        """The features of each block by themselves, (B, D) each, for pictures; by default `representation` in one."""
+        return [self.representation(*inputs)]
+
     def set_units(self, units: Mapping[str, Iterable[nn.Module]]) -> None:
         """Set the units of training, and make their running figures.
 

@@ -1,6 +1,6 @@
 """Channel-wise competition."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -123,6 +123,10 @@ class CwC(LocalLearner):
     def representation(self, *inputs: Any) -> Tensor:
         """The features of all blocks, averaged over the positions: (B, sum of channels)."""
         return self.net.representation(*inputs)
+
+    def block_features(self, *inputs: Any) -> Sequence[Tensor]:
+        """The same of each block by itself, (B, C) each."""
+        return self.representation(*inputs).split(self.net.channels, 1)
 
     def unit_key(self, k: int) -> str:
         """What figures of unit k are logged by."""

@@ -136,7 +136,11 @@ class FF(LocalLearner):
 
     def representation(self, *inputs: Any) -> Tensor:
         """The normalised features of all blocks for a neutral label, (B, D)."""
-        return torch.cat(self.net.neutral_features(*inputs), 1)
+        return torch.cat(self.block_features(*inputs), 1)
+
+    def block_features(self, *inputs: Any) -> list[Tensor]:
+        """The same of each block by itself, (B, N) each."""
+        return self.net.neutral_features(*inputs)
 
     def unit_key(self, k: int) -> str:
         """What figures of unit k are logged by."""

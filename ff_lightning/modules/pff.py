@@ -1,6 +1,6 @@
 """Predictive Forward-Forward."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -113,6 +113,10 @@ class PFF(LocalLearner):
         """The start states of all layers, each with mean square 1: (B, sum of units)."""
         return self.net.representation(*inputs)
 
+    def block_features(self, *inputs: Any) -> Sequence[Tensor]:
+        """The same of each layer by itself, (B, N) each."""
+        return self.representation(*inputs).split([layer.up.out_features for layer in self.net.layers], 1)
+
     def reconstruct(self, x: Tensor) -> Tensor:
         """What the generative circuit draws from the last layer's state after one pass upwards: (B, ...), from 0 to 1.
 
@@ -137,12 +141,13 @@ class PFF(LocalLearner):
         """What figures of unit k are logged by."""
         return "readout" if k == len(self.net.layers) else super().unit_key(k)
 
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
-        super()._evaluate(batch, batch_idx, stage)
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> Tensor | None:
+        scores = super()._evaluate(batch, batch_idx, stage)
         if self.net.top is not None:
             x = self.split(batch)[0][0]
             error, empty = self.net.reconstruction_error(x)
             self.log(f"{stage}/reconstruction", error / empty, batch_size=len(x), sync_dist=True)
+        return scores
 
     def _rate_of(self, k: int) -> dict[str, float]:
         return {"lr": self.readout_lr} if k == len(self.net.layers) else super()._rate_of(k)

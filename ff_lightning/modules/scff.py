@@ -122,6 +122,10 @@ class SCFF(LocalLearner):
         """What a read-out sees of all layers: pooled and standardised, (B, D)."""
         return self.net.representation(*inputs)
 
+    def block_features(self, *inputs: Any) -> list[Tensor]:
+        """The same of each layer by itself, (B, D) each."""
+        return self.net.layer_features(*inputs)
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The representation, (B, D)."""
         inputs, _ = self.inputs_and_target(batch, training=False, look=False)

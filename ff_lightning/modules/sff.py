@@ -1,6 +1,6 @@
 """Scalable Forward-Forward."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -117,6 +117,10 @@ class SFF(LocalLearner):
     def representation(self, *inputs: Any) -> Tensor:
         """The normalised features of all blocks, averaged over the positions: (B, sum of channels)."""
         return self.net.representation(inputs)
+
+    def block_features(self, *inputs: Any) -> Sequence[Tensor]:
+        """The same of each block by itself, (B, C) each."""
+        return self.representation(*inputs).split(self.net.channels, 1)
 
     @property
     def backbone(self) -> nn.Module:

@@ -191,9 +191,9 @@ class Reporting(KeepsHooks, LightningModule):
         """Figures of each unit and of the vote."""
         self._evaluate(batch, batch_idx, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Figures of each unit and of the vote."""
-        self._evaluate(batch, batch_idx, "test")
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Figures of each unit and of the vote; returns their scores, (U + 1, B, K), for callbacks."""
+        return self._evaluate(batch, batch_idx, "test")
 
     @kept
     def on_validation_epoch_end(self) -> None:
@@ -205,14 +205,14 @@ class Reporting(KeepsHooks, LightningModule):
         """Log the figures of the whole set."""
         self._log_figures("test")
 
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> Tensor | None:
         inputs, target = self.inputs_and_target(batch, training=False, look=batch_idx == 0)
         scores = self.scores(*inputs)
         self._has_scores = scores is not None
         if scores is None:
             if not (self.sets_samples_beside_others and self._is_left_over(batch, batch_idx)):
                 self._evaluate_losses(batch, stage)
-            return
+            return None
         losses = torch.stack([self.criterion(of_unit, target) for of_unit in scores])
         every = torch.cat([scores, self.vote(scores)[None]])
         counted = self.task.counted(target)
@@ -220,6 +220,7 @@ class Reporting(KeepsHooks, LightningModule):
         for metrics in self.named_metrics[stage].values():
             for metric, own in zip(metrics, every[-len(metrics) :], strict=True):
                 metric.update(*self.task.for_metric(own, target))
+        return every
 
     def _evaluate_losses(self, batch: Any, stage: str) -> None:
         """Without scores: the losses of the updates."""
