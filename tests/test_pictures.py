@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ff_lightning import SFF, LocalNet, data, modules
 from ff_lightning.callbacks import Pictures
-from ff_lightning.callbacks.pictures import MISTAKES
+from ff_lightning.callbacks.pictures import MAPPED, MISTAKES
 from ff_lightning.drawing.epochs import read_log
 from ff_lightning.drawing.figure import SHOWN, shown_units
 from ff_lightning.drawing.images import goodness_maps
@@ -76,7 +76,7 @@ def test_the_worst_mistakes_come_first(drawn):
     assert torch.equal(pictures.worst[0].image, images[worst[0]])
 
 
-def test_those_that_are_right_are_of_three_classes(drawn):
+def test_those_that_are_right_are_of_different_classes(drawn):
     pictures, _, _, classes, scores = drawn
     first = {int(c): i for i, c in reversed([*enumerate(classes)]) if scores[:, i].mean(0).argmax() == c}
     for number, one in pictures.right.items():
@@ -84,7 +84,7 @@ def test_those_that_are_right_are_of_three_classes(drawn):
         margin = rivals[one.true] - rivals[one.rival]
         assert margin == rivals.topk(2).values.diff().abs()
         assert one.margin == pytest.approx(-margin.item())
-    assert len(pictures.right) == 3
+    assert len(pictures.right) == MAPPED
 
 
 def test_features_are_those_of_as_many_of_each_class(drawn):

@@ -23,7 +23,7 @@ from ff_lightning.tasks import Classification
 from ff_lightning.util.arguments import check_choice
 from ff_lightning.util.extras import needs
 
-MISTAKES, MAPPED = 24, 3
+MISTAKES, MAPPED = 24, 2
 """The worst mistakes that are drawn; images with maps: so many of these, and as many that were answered right."""
 
 
