@@ -86,7 +86,7 @@ class TestEveryMethod:
         monkeypatch.chdir(tmp_path)
         config = ROOT / f"configs/{CASES[name].config}.yaml"
         printed = run("fit", "--config", config, *QUIET, "--trainer.fast_dev_run", "true")
-        assert ("each with a local loss" in printed) == (name != "Backprop")
+        assert ("each with a local loss" in " ".join(printed.split())) == (name != "Backprop")
         assert not list(tmp_path.rglob("*.ckpt")), "a trial leaves nothing behind"
 
     @EACH
