@@ -199,5 +199,6 @@ def test_features_and_gradients_stay_in_bfloat16_under_autocast(name):
 def test_prediction_exports_for_any_batch(name):
     net = LocalNet(small_net(), 300, head=heads()[name], input_shape=(1, 8, 8)).export()
     x = torch.randn(6, 1, 8, 8)
-    program = torch.export.export(net, (x[:3],), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    program = torch.export.export(net, (x[:3],), dynamic_shapes=shapes, strict=False)
     torch.testing.assert_close(program.module()(x), net(x))

@@ -184,7 +184,7 @@ class TestNet:
     def test_an_export_answers_alike(self):
         net, x = network(), torch.rand(3, 1, 8, 8)
         assert torch.equal(net.export()(x), net(x))
-        program = torch.export.export(net.export(), (x,))
+        program = torch.export.export(net.export(), (x,), strict=False)
         torch.testing.assert_close(program.module()(x), net(x))
 
     @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_traced_networks_take_batches_and_images_of_any_size(size):
     torch.testing.assert_close(traced(more), net(more))
     if size == 16:
         auto = torch.export.Dim.AUTO
-        exported = torch.export.export(net, (x,), dynamic_shapes=({0: auto, 2: auto, 3: auto},)).module()
+        exported = torch.export.export(net, (x,), dynamic_shapes=({0: auto, 2: auto, 3: auto},), strict=False).module()
         other = torch.randn(5, 1, 24, 24)
         torch.testing.assert_close(exported(other), net(other))
 

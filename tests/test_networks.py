@@ -145,7 +145,7 @@ def test_export_runs_without_training_code(make, granularity, tmp_path):
     expected = net(x)
     assert not any(parameter.requires_grad for parameter in net.parameters())
     shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(net, (x,), dynamic_shapes=shapes)
+    program = torch.export.export(net, (x,), dynamic_shapes=shapes, strict=False)
     torch.testing.assert_close(program.module()(x[:2]), expected[:2])
     torch.onnx.export(net, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False).save(tmp_path / "net.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")

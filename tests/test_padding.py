@@ -144,7 +144,7 @@ def test_blocks_are_put_on_top_of_a_masked_network():
 def test_a_masked_network_goes_through_export():
     net = text_net().export()
     batch = {"input_ids": TEXTS, "attention_mask": PADDED}
-    program = torch.export.export(net, (batch,))
+    program = torch.export.export(net, (batch,), strict=False)
     torch.testing.assert_close(program.module()(batch), net(batch))
 
 

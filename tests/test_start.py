@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 import yaml
@@ -56,14 +58,18 @@ def test_a_template_runs_and_is_not_overwritten(tmp_path, monkeypatch):
         run("init", "mine.yaml")
 
 
-def test_a_run_without_a_number_of_epochs_is_short(tmp_path, monkeypatch, caplog, capfd):
+def test_a_run_without_a_number_of_epochs_is_short(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    with caplog.at_level("INFO"):
-        run("fit", *SMALL)
-    said = caplog.text + capfd.readouterr().err  # which of both it is depends on the release of Lightning
+    of_lightning = logging.getLogger("lightning.pytorch")  # hands nothing on to the root logger in Lightning 2.6.0
+    of_lightning.addHandler(caplog.handler)
+    try:
+        with caplog.at_level("INFO"):
+            run("fit", *SMALL)
+    finally:
+        of_lightning.removeHandler(caplog.handler)
     (last,) = tmp_path.rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["epoch"] == EPOCHS - 1
-    assert f"training for {EPOCHS} epochs" in said
+    assert f"training for {EPOCHS} epochs" in caplog.text
     run("fit", *SMALL, "--trainer.max_steps", EPOCHS + 3)
     last = max(tmp_path.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
     assert torch.load(last, weights_only=True)["global_step"] == EPOCHS + 3, "one step in an epoch, and more epochs"

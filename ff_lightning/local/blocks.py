@@ -231,7 +231,8 @@ class LocalBlocks(nn.Module):
     def export(self) -> nn.Module:
         """A copy for prediction only: images (B, C, H, W) -> scores (B, K), in eval mode.
 
-        It is a plain module, which `torch.export.export` and `torch.onnx.export` accept.
+        It is a plain module, which `torch.export.export` and `torch.onnx.export` accept; with torch 2.7 say
+        ``strict=False``, which is the default of later releases.
 
         Raises:
             ValueError: If the blocks run only as parts of the network's own forward.

@@ -198,9 +198,10 @@ class LocalNet(LocalBlocks):
             ValueError: As `local_features`.
         """
 
-        # no function with annotations of its own: torch.export of torch 2.7 cannot read `Tensor | None`
-        take_mask = self._take_mask["forward"]
-        return self._each(x, lambda k, features, mask: with_mask(self.objectives[k], take_mask[k], features, mask))
+        def answer(k: int, features: Tensor, mask: Tensor | None) -> Tensor:
+            return with_mask(self.objectives[k], self._take_mask["forward"][k], features, mask)
+
+        return self._each(x, answer)
 
     def _each(
         self,
