@@ -1,6 +1,7 @@
 """Norm, activation and pooling redone in backward: the same gradients, and less that is kept."""
 
 import copy
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -30,6 +31,7 @@ MODULES = {
     "no affine": lambda: stem(norm=nn.BatchNorm2d(12, affine=False)),
     "no running statistics": lambda: stem(norm=nn.BatchNorm2d(12, track_running_stats=False)),
     "weights fixed": lambda: stem(norm=nn.BatchNorm2d(12).requires_grad_(False)),
+    "an identity before the activation": lambda: [nn.Identity(), nn.SiLU(inplace=True), nn.MaxPool2d(2)],
     "vgg": lambda: [nn.ReLU(inplace=True), nn.MaxPool2d(2)],
     "other sizes": lambda: stem(
         nn.SiLU(), pooling=nn.MaxPool2d((3, 2), (2, 1), (1, 0), dilation=(1, 2), ceil_mode=True)
@@ -122,3 +124,115 @@ def test_a_norm_that_was_replaced_is_run_as_it_is():
     x, modules = torch.randn(2, 12, 8, 8, requires_grad=True), stem(norm=Own(12))
     plain = nn.Sequential(*copy.deepcopy(modules))
     torch.testing.assert_close(by_channels(x, *modules), plain(x))
+
+
+def test_a_copy_and_an_unpickled_network_keep_as_little():
+    torch.manual_seed(0)
+    block = LocalNet(Stemmed(), 10, "layer", input_shape=(3, 32, 32)).blocks[0]
+    x, found = torch.randn(2, 3, 32, 32), []
+    for other in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(block))))):
+        other.zero_grad()
+        with saved_for_backward() as saved:
+            other(x).square().sum().backward()
+        found.append((saved.peak, *(p.grad for p in other.parameters())))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
+
+
+def changed_norm(modules):
+    modules[0].forward = lambda x: nn.BatchNorm2d.forward(modules[0], x) * x
+    return modules
+
+
+CHANGED = {
+    "no pooling": lambda: [*stem()[:2], nn.Identity()],
+    "another pooling": lambda: stem(pooling=nn.AvgPool2d(2)),
+    "no norm": lambda: stem(norm=nn.Identity()),
+    "two norms": lambda: stem(activation=nn.BatchNorm2d(12)),
+    "its own forward": lambda: changed_norm(stem()),
+}
+
+
+@pytest.mark.parametrize("make", CHANGED.values(), ids=CHANGED)
+def test_modules_that_were_replaced_are_run_as_they_are(make):
+    torch.manual_seed(0)
+    x, modules = torch.randn(2, 12, 8, 8, requires_grad=True), make()
+    out = by_channels(x, *modules)
+    plain = nn.Sequential(*modules)(x * 1)
+    torch.testing.assert_close(out, plain)
+    (own,), (expected,) = (torch.autograd.grad(result.square().sum(), x) for result in (out, plain))
+    torch.testing.assert_close(own, expected)
+
+
+def test_hooks_of_all_modules_see_each_module_once():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+    try:
+        by_channels(torch.randn(2, 12, 8, 8, requires_grad=True), *stem()).sum().backward()
+    finally:
+        handle.remove()
+    assert seen == [nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+
+
+@pytest.mark.parametrize("norm", [None, frozen(nn.BatchNorm2d(12))], ids=["learning", "frozen"])
+def test_gradients_have_gradients(norm):
+    torch.manual_seed(0)
+    modules, found = nn.ModuleList(stem(nn.SiLU(), norm)).double(), []
+    x = torch.randn(2, 12, 8, 8, dtype=torch.float64, requires_grad=True)
+    for context in (nullcontext, all_kept):
+        with context():
+            out = by_channels(x, *modules)
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), [x, *modules.parameters()]))
+    torch.testing.assert_close(*found)
+
+
+def test_transforms_of_torch_func_and_torch_jit():
+    modules, x = stem(norm=frozen(nn.BatchNorm2d(12))), torch.randn(3, 12, 8, 8)
+
+    def loss(image):
+        return by_channels(image[None], *modules).square().sum()
+
+    image = x.clone().requires_grad_()
+    sum(loss(part) for part in image).backward()
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), image.grad)
+    _, along = torch.func.jvp(loss, (x[0],), (torch.ones_like(x[0]),))
+    torch.testing.assert_close(along, image.grad[0].sum())
+    block = LocalNet(Stemmed(), 10, "layer", input_shape=(3, 32, 32)).blocks[0]
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.trace(block.eval(), x)(x), block(x))
+
+
+def test_frozen_statistics_that_move_before_backward_are_noticed():
+    modules = stem(norm=frozen(nn.BatchNorm2d(12)))
+    out = by_channels(torch.randn(2, 12, 8, 8, requires_grad=True), *modules)
+    modules[0].running_var.mul_(4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_batch_without_images():
+    x = torch.randn(0, 12, 8, 8, requires_grad=True)
+    by_channels(x, *stem(norm=frozen(nn.BatchNorm2d(12)))).sum().backward()
+    assert x.grad.shape == x.shape
+
+
+class UsedTwice(nn.Module):
+    """The activation changes, or another module changes later, what the shortcut adds."""
+
+    def __init__(self, activation, later):
+        super().__init__()
+        self.conv, self.activation, self.pool = nn.Conv2d(3, 8, 3, padding=1), activation, nn.MaxPool2d(3, 1, 1)
+        self.later, self.last, self.classifier = later, nn.Conv2d(8, 8, 1), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.conv(x)
+        pooled = self.pool(self.activation(x))
+        return self.classifier(self.last(self.later(x) + pooled).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("own", "later"), [(nn.ReLU(True), nn.Identity()), (nn.ReLU(), nn.LeakyReLU(inplace=True))])
+def test_a_map_with_another_use_stays_with_its_modules(own, later):
+    net = LocalNet(UsedTwice(own, later), 10, "layer", input_shape=(3, 9, 9))
+    for update in net.updates(torch.randn(2, 3, 9, 9), torch.arange(2)):
+        update.loss.backward()

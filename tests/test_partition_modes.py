@@ -1,5 +1,6 @@
 """Cuts of networks with unusual operations, and of those that do something else in training."""
 
+import pickle
 import random
 import warnings
 
@@ -117,11 +118,13 @@ class NoGrad(Net):
         return self.part(x)
 
 
+@pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_no_grad_is_honoured(granularity):
+def test_no_grad_is_honoured(granularity, pickled):
     model = NoGrad(conv(), frozen=nn.Sequential(conv(), conv()))
     with pytest.warns(UserWarning, match=r"NoGrad gives .*'frozen.0.bias'.* no gradient"):
         net = LocalNet(model, 10, granularity, input_shape=(3, 8, 8))
+    model, net = pickle.loads(pickle.dumps((model, net))) if pickled else (model, net)
     x = torch.randn(2, 3, 8, 8)
     for loss in net.local_losses(x, torch.tensor([0, 1])):
         loss.backward()

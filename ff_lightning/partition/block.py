@@ -215,7 +215,9 @@ def _body(
 
 def _without_grad(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """What the network computes under `torch.no_grad` passes no gradient on here either."""
-    return graph.call_function(detached, (node,))
+    result = graph.call_function(detached, (node,))
+    result.meta["is_wrapped"] = True  # or it is gone where the block is traced again, as unpickling does
+    return result
 
 
 def _spread(graph: fx.Graph, value: Any, result: fx.Node, made: dict[fx.Node, fx.Node]) -> None:

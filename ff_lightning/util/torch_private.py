@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -32,8 +33,15 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks that its call or its backward runs."""
-    return has_forward_hooks(module) or bool(module._backward_hooks or module._backward_pre_hooks)
+    """Whether a module has hooks that its call or its backward runs, its own or those of all modules."""
+    own = module._backward_hooks or module._backward_pre_hooks or nn.modules.module._has_any_global_hook()
+    return has_forward_hooks(module) or bool(own)
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode derivatives are at work, or `torch.jit.trace`."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
