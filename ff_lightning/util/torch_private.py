@@ -34,8 +34,11 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks that its call or its backward runs, its own or those of all modules."""
-    own = module._backward_hooks or module._backward_pre_hooks or nn.modules.module._has_any_global_hook()
-    return has_forward_hooks(module) or bool(own)
+    every = nn.modules.module
+    of_all = every._global_forward_hooks or every._global_forward_pre_hooks
+    backward = module._backward_hooks or module._backward_pre_hooks
+    backward_of_all = every._global_backward_hooks or every._global_backward_pre_hooks
+    return has_forward_hooks(module) or bool(of_all or backward or backward_of_all)
 
 
 def is_transformed() -> bool:
