@@ -17,16 +17,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ff_lightning import __version__
-from ff_lightning.callbacks import BestCheckpoint, BlockTable, Charts, LastCheckpoint, Pictures
+from ff_lightning.callbacks import BestCheckpoint, BlockTable, Charts, LastCheckpoint, Pictures, TimeLeft
 from ff_lightning.callbacks.table import LogShortEpochs
 from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
 from ff_lightning.commands.ckpt_path import find_checkpoint, find_root, read_checkpoint
+from ff_lightning.commands.completion import main as completion
 from ff_lightning.commands.composing import OF_ONE_SET, compose, names_data
 from ff_lightning.commands.exits import main as exits
 from ff_lightning.commands.export import main as export
 from ff_lightning.commands.predict import is_of_files
 from ff_lightning.commands.predict import main as predict
 from ff_lightning.commands.probe import main as probe
+from ff_lightning.commands.recorded import recorded
 from ff_lightning.commands.sheet import main as sheet
 from ff_lightning.commands.start import COMMANDS, EPOCHS, help_of, init
 from ff_lightning.heads import GoodnessHead, LookAhead, PooledHead
@@ -66,6 +68,9 @@ def _options(parser: LightningArgumentParser) -> set[str]:
 
 class CLI(LightningCLI):
     """Models and data by their class names; what the model must know of the data is taken from it."""
+
+    command = ""
+    """As it is recorded in checkpoints."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults, the best checkpoint, and the links from data to model."""
@@ -178,9 +183,12 @@ class CLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Group what is logged, where there is a logger."""
+        """Say how long it takes; group what is logged, where there is a logger."""
+        self.model.command = self.command
+        callbacks = cast(Any, self.trainer).callbacks
+        callbacks.insert(0, TimeLeft())  # before the bar, which shows what it says
         if self.trainer.loggers:
-            cast(Any, self.trainer).callbacks.append(Charts())
+            callbacks.append(Charts())
 
     def before_test(self) -> None:
         """Say so where there is nothing to test."""
@@ -194,7 +202,10 @@ class CLI(LightningCLI):
     before_validate = before_predict = before_test
 
 
-_COMMANDS = {"sheet": sheet, "exits": exits, "export": export, "init": init, "probe": probe}
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    **{"sheet": sheet, "exits": exits, "export": export, "init": init, "probe": probe},
+    "completion": lambda args: completion(args, main, [*COMMANDS, *_COMMANDS]),
+}
 
 
 def _own_command(given: Sequence[str]) -> Callable[[Sequence[str]], None] | None:
@@ -209,7 +220,7 @@ def _own_command(given: Sequence[str]) -> Callable[[Sequence[str]], None] | None
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command: fit, validate, test, predict, exits, export, probe, sheet or init.
+    """Run a command: fit, validate, test, predict, exits, export, probe, sheet, init or completion.
 
     Args:
         args: What follows ``ff-lightning`` on the command line. None: the command line of the process.
@@ -227,6 +238,7 @@ def main(args: Sequence[str] | None = None) -> None:
             return
         given = ["--help" if argument == "--help_all" else argument for argument in given]
         check_configs(given)
+        CLI.command = recorded(given)
         given = compose(given)
         _Parser.given = given
         tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")

@@ -70,18 +70,24 @@ def build_backbone(
     return small_stem(model) if stem == "small" else model
 
 
+_OWN: dict[str, Callable[[int, Sequence[int], int | None], nn.Module]] = {
+    "cnn": lambda num_classes, shape, _: cnn(num_classes, shape[0]),
+    "cfse": lambda num_classes, shape, _: cfse(num_classes, shape[0]),
+    "mlp": lambda num_classes, shape, _: mlp(num_classes, math.prod(shape)),
+    "signal": lambda num_classes, shape, _: signal(num_classes, shape[0]),
+    "text": lambda num_classes, shape, vocabulary: text(num_classes, cast(int, vocabulary), shape[0]),
+}
+
+
+def known_names() -> list[str]:
+    """Names of the package's own networks and of torchvision's."""
+    return [*_OWN, *models.list_models(module=models)]
+
+
 def _build(name: str, num_classes: int, shape: Sequence[int], vocabulary: int | None) -> nn.Module:
-    own: dict[str, Callable[[], nn.Module]] = {
-        "cnn": lambda: cnn(num_classes, shape[0]),
-        "cfse": lambda: cfse(num_classes, shape[0]),
-        "mlp": lambda: mlp(num_classes, math.prod(shape)),
-        "signal": lambda: signal(num_classes, shape[0]),
-        "text": lambda: text(num_classes, cast(int, vocabulary), shape[0]),
-    }
-    known = [*own, *models.list_models(module=models)]
-    if name in own:
-        return own[name]()
-    if name in known:
+    if name in _OWN:
+        return _OWN[name](num_classes, shape, vocabulary)
+    if name in models.list_models(module=models):
         plain = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
         return models.get_model(name, weights=None, num_classes=num_classes, **plain)
     if name.startswith("timm/"):
@@ -97,7 +103,7 @@ def _build(name: str, num_classes: int, shape: Sequence[int], vocabulary: int | 
         unknown(
             "backbone",
             name,
-            known,
-            f"one of {list(own)}, the name of a torchvision model, 'timm/NAME', or {_MODULE}",
+            known_names(),
+            f"one of {list(_OWN)}, the name of a torchvision model, 'timm/NAME', or {_MODULE}",
         )
     )

@@ -5,6 +5,7 @@ from ff_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from ff_lightning.callbacks.greedy import GreedyBlocks
 from ff_lightning.callbacks.pictures import Pictures
 from ff_lightning.callbacks.probe import OnlineProbe
+from ff_lightning.callbacks.progress import TimeLeft
 from ff_lightning.callbacks.table import BlockTable
 from ff_lightning.callbacks.thresholds import Thresholds
 
@@ -17,4 +18,5 @@ __all__ = [
     "OnlineProbe",
     "Pictures",
     "Thresholds",
+    "TimeLeft",
 ]

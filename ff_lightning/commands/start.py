@@ -3,7 +3,6 @@
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import docstring_parser
 
@@ -21,7 +20,7 @@ ff-lightning: train any network block by block, each block on its own loss, insi
   ff-lightning init                                  write config.yaml, a config to start from
   ff-lightning predict --ckpt_path X --data.root F   the classes of the images in folder F, as predictions.csv
 
-Commands: fit, validate, test, predict, exits, export, probe, sheet, init. Each has --help;
+Commands: fit, validate, test, predict, exits, export, probe, sheet, init, completion. Each has --help;
 ff-lightning --help lists global options.
 """
 
@@ -124,14 +123,15 @@ def class_help(option: str, cls: type) -> str:
         ['  --data.images 1000', '      Number of training images; there are a quarter as many to test.']
     """
     lines = [f"{cls.__name__}: {docstring_parser.parse(inspect.getdoc(cls) or '').short_description}", "", "options:"]
-    for name, default, text in _arguments(cls):
-        lines.append(f"  {option}.{name} {default}".rstrip())
+    for parameter, text in arguments_of(cls):
+        default = "(required)" if parameter.default is parameter.empty else str(parameter.default)
+        lines.append(f"  {option}.{parameter.name} {default}".rstrip())
         lines += textwrap.wrap(" ".join(text.split()), 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join([*lines, "", "What stands behind an option is its default; classes go by name or import path."])
 
 
-def _arguments(cls: type) -> Iterator[tuple[str, str, str]]:
-    """Name, default and description of the arguments of a class and of those that it hands on."""
+def arguments_of(cls: type) -> Iterator[tuple[inspect.Parameter, str]]:
+    """The arguments of a class and those that it hands on, each with its description."""
     seen = {"self"}
     texts = {
         parameter.arg_name: parameter.description or ""
@@ -139,12 +139,11 @@ def _arguments(cls: type) -> Iterator[tuple[str, str, str]]:
         for parameter in docstring_parser.parse(inspect.cleandoc(base.__doc__ or "")).params
     }
     for base in cls.__mro__:
-        parameters: Sequence[Any] = [*inspect.signature(base).parameters.values()] if "__init__" in vars(base) else []
+        parameters = [*inspect.signature(base).parameters.values()] if "__init__" in vars(base) else []
         for parameter in parameters:
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name not in seen:
                 seen.add(parameter.name)
-                default = "(required)" if parameter.default is parameter.empty else str(parameter.default)
-                yield parameter.name, default, texts.get(parameter.name, "")
+                yield parameter, texts.get(parameter.name, "")
         if parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return
 

@@ -23,6 +23,7 @@ class Facts:
         data: Name of the class of the data that it was trained on, if known.
         figures: Validation figures at the time of the checkpoint, by the names they were logged by.
         epochs: Number of epochs trained.
+        command: Command line of the training, if there was one.
         version: Of the package that wrote the checkpoint.
     """
 
@@ -36,6 +37,7 @@ class Facts:
     data: str | None = None
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     epochs: int | None = None
+    command: str | None = None
     version: str = __version__
 
     def to_json(self) -> str:
@@ -99,5 +101,6 @@ def facts_of(checkpoint: Mapping[str, Any], source: str) -> Facts:
             if isinstance(state, Mapping) and state.get("monitor") and state.get("current_score") is not None
         },
         epochs=checkpoint.get("epoch", -1) + 1,
+        command=saved.get("command"),
         version=saved.get("version", "0.1.0"),
     )

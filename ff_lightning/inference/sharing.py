@@ -82,6 +82,7 @@ def model_card(facts: Facts, license: str | None = None, notes: str = "") -> str
     measured = f"| figure | value |\n| --- | --- |\n{figures}" if figures else "None was recorded in the checkpoint.\n"
     shape = " x ".join(map(str, facts.input_shape))
     settings = "".join(f"{name}: {json.dumps(value)}\n" for name, value in recipe.items())
+    command = f"```bash\n{facts.command}\n```\n\n" if facts.command else ""
     return f"""{chr(10).join(head)}
 ---
 
@@ -103,7 +104,7 @@ The weights are tensors alone (safetensors): nothing in them runs code.
 
 {facts.epochs} epochs with ff-lightning {facts.version}:
 
-```yaml
+{command}```yaml
 class_path: {method}
 {settings}```
 

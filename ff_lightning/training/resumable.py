@@ -28,6 +28,7 @@ class Resumable(Reporting):
 
     Attributes:
         trained_on: The description of the data that it was trained on; see `ff_lightning.training.matching`.
+        command: The command line that trains it, if there is one.
     """
 
     accumulate: int
@@ -39,6 +40,7 @@ class Resumable(Reporting):
     def __init__(self) -> None:
         super().__init__()
         self.trained_on: dict[str, Any] = {}
+        self.command: str | None = None
         self._data: dict[str, Any] | None = None
         self._interrupted: dict[str, Any] = {}
 
@@ -74,6 +76,7 @@ class Resumable(Reporting):
         checks.check_architecture(self.state_dict(), self.hparams, checkpoint)
         matching.check_same_network(arguments, own)
         self.trained_on = saved.get("data") or (self._data if fitting else None) or {}
+        self.command = self.command or saved.get("command")
         if self._data is not None:  # else there is no Trainer yet
             matching.check_same_data(self.trained_on, self._data)
             resume.restore_frozen(self, saved.get("frozen"))
@@ -106,6 +109,7 @@ class Resumable(Reporting):
                 {name: value for name, value in self.hparams.items() if not name.startswith("_")}, strict=False
             ),
             "data": self.trained_on,
+            "command": self.command,
             "model": {
                 "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
                 "num_classes": self.num_classes,

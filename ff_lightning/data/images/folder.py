@@ -5,7 +5,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
@@ -16,6 +16,7 @@ from ff_lightning.data.images.cache import cached
 from ff_lightning.data.images.reading import OnError, load_image
 from ff_lightning.data.images.split import Sample
 from ff_lightning.data.listing import Listing, first_five, is_hidden, list_classes
+from ff_lightning.util.arguments import check_choice
 from ff_lightning.util.files import printable, read_bytes
 
 log = logging.getLogger(__name__)
@@ -56,26 +57,29 @@ class FolderImages(Dataset[Any]):
 class ImageFolder(ImageData):
     """Images in ``root/{train,val,test}/<class>/*``; ``val`` and ``test`` may be missing.
 
-    Without ``val``, validation images are cut from ``train``. With ``val`` but without ``test``, ``val`` is the test
-    set and validation images are cut from ``train``, so that nothing is chosen by the test set. The folders may also be
-    named ``training``, ``valid``, ``validation`` or ``testing``. Hidden files and folders, and those that file managers
-    leave behind, are skipped. Pixels are normalised by the statistics of ImageNet.
+    Without ``val``, validation images are cut from ``train``. With ``val`` but without ``test``, see `val_as`. The
+    folders may also be named ``training``, ``valid``, ``validation`` or ``testing``. Hidden files and folders, and those
+    that file managers leave behind, are skipped. Pixels are normalised by the statistics of ImageNet.
 
     Args:
         root: Folder with the folder ``train``.
+        val_as: What the folder ``val`` is if there is no folder ``test``. ``"test"``: the test set; validation images
+            are cut from ``train``, so that nothing is chosen by the test set. ``"val"``: the validation set; there is
+            nothing to test on.
         kwargs: image_size (None: the shorter side of the first training image), batch_size, augment, val_fraction,
             seed, ...; see `ImageData`.
 
     Raises:
         FileNotFoundError: If a folder or a class is missing or empty.
-        ValueError: If there are two folders for a split.
+        ValueError: If there are two folders for a split, or `val_as` is not known.
         OSError: While loading, if an image cannot be read; it is named.
     """
 
     statistics = IMAGENET_STATISTICS
 
-    def __init__(self, root: str = "data", **kwargs: Any) -> None:
-        self.folders = _folders(Path(root).expanduser())
+    def __init__(self, root: str = "data", val_as: Literal["test", "val"] = "test", **kwargs: Any) -> None:
+        check_choice("val_as", val_as, ["test", "val"])
+        self.folders = _folders(Path(root).expanduser(), val_as)
         listings = {split: list_classes(folder, ENDINGS) for split, folder in self.folders.items()}
         _check_loops(listings, kwargs.get("on_error", "raise"))
         self.class_names = [printable(name) for name in _class_names(self.folders, listings)]
@@ -110,22 +114,22 @@ class ImageFolder(ImageData):
         return self._read("train")
 
     def read_val(self) -> Dataset[Sample] | None:
-        """All images of ``val``, if there is a ``test`` besides."""
+        """All images of ``val``, unless they are the test set."""
         return self._read("val") if "val" in self.folders else None
 
     def read_test(self) -> Dataset[Sample]:
-        """All images of ``test``, or of ``val`` where there is no ``test``."""
+        """All images of ``test``, or of ``val`` where that is the test set."""
         if "test" not in self.folders:
-            raise FileNotFoundError(
-                f"root={self.root!r} has neither a folder 'test' nor 'val': there is nothing to test on"
-            )
+            kept = "val" in self.folders
+            has = "has no folder 'test', and val_as='val'" if kept else "has neither a folder 'test' nor 'val'"
+            raise FileNotFoundError(f"root={self.root!r} {has}: there is nothing to test on")
         return self._read("test")
 
     def _read(self, split: str) -> FolderImages:
         return FolderImages(self.folders[split])
 
 
-def _folders(root: Path) -> dict[str, Path]:
+def _folders(root: Path, val_as: str) -> dict[str, Path]:
     """The folder of each split."""
     there = sorted(path.name for path in root.iterdir() if not is_hidden(path.name)) if root.is_dir() else []
     folders = {}
@@ -138,11 +142,11 @@ def _folders(root: Path) -> dict[str, Path]:
     if "train" not in folders:
         holds = f"it holds {first_five(there)}" if root.is_dir() else "it does not exist"
         raise FileNotFoundError(f"root={str(root)!r} must hold a folder 'train' with a folder for each class; {holds}")
-    if "val" in folders and "test" not in folders:
+    if "val" in folders and "test" not in folders and val_as == "test":
         name = folders["val"].name
         log.warning(
-            "%s has no folder 'test': %r is the test set, and validation images are cut from 'train'",
-            printable(root), name,
+            "%s has no folder 'test': %r is the test set, and validation images are cut from 'train'; "
+            "with val_as='val' it is the validation set", printable(root), name,
         )  # fmt: skip
         folders["test"] = folders.pop("val")
     elif "val" not in folders:
