@@ -20,7 +20,7 @@ from ff_lightning import __version__
 from ff_lightning.callbacks import BestCheckpoint, BlockTable, Charts, LastCheckpoint, Pictures, TimeLeft
 from ff_lightning.callbacks.table import LogShortEpochs
 from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
-from ff_lightning.commands.ckpt_path import find_checkpoint, find_root, read_checkpoint
+from ff_lightning.commands.ckpt_path import find_checkpoint, found_root, read_checkpoint
 from ff_lightning.commands.completion import main as completion
 from ff_lightning.commands.composing import OF_ONE_SET, compose, names_data
 from ff_lightning.commands.exits import main as exits
@@ -35,7 +35,7 @@ from ff_lightning.heads import GoodnessHead, LookAhead, PooledHead
 from ff_lightning.modules import LocalLearner
 from ff_lightning.tasks import task_of_name
 from ff_lightning.training.checkpoint_io import is_remote
-from ff_lightning.training.trust import check_stored
+from ff_lightning.training.trust import check_stored, named_class
 from ff_lightning.util.suggest import closest
 
 _DEFAULT_DATA = "ff_lightning.data.Digits"
@@ -154,8 +154,8 @@ class CLI(LightningCLI):
                 arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
                 if part == "data" and self._is_other_data(config.data.class_path, stored["_class_path"]):
                     arguments = {name: value for name, value in arguments.items() if name not in OF_ONE_SET}
-                elif part == "data" and isinstance(arguments.get("root"), str):
-                    arguments["root"] = find_root(arguments["root"], path)
+                elif part == "data":
+                    arguments = found_root(named_class(part, stored["_class_path"]), arguments, path)
                 found[part] = {"class_path": stored["_class_path"], "init_args": arguments}
         return found
 

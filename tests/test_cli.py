@@ -3,6 +3,7 @@ import gzip
 import inspect
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,13 @@ def assert_within(part, whole):
 
 
 DIGITS = ["fit", *QUICK]
+OWN = """
+from torch import nn
+class Net(nn.Sequential):
+    def __init__(self, width: int = 4):
+        first, second = (nn.Sequential(nn.Conv2d(c, width, 3), nn.ReLU()) for c in (1, width))
+        super().__init__(first, second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+"""
 
 
 def test_a_second_run_in_the_same_folder(tmp_path, monkeypatch):
@@ -236,6 +244,27 @@ def test_own_classes_in_the_working_folder(tmp_path, monkeypatch):
     run(*DIGITS, "--data", "ownpackage.Numbers")
     stored = torch.load(checkpoint("."), weights_only=True)
     assert stored["datamodule_hyper_parameters"]["_class_path"] == "ownpackage.Numbers"
+
+
+def test_an_own_backbone_goes_on_and_lends_its_weights(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    (tmp_path / "own.py").write_text(OWN)
+    options = [*DIGITS, "--model.lr_scheduler", "constant", "--model.backbone", "own.Net"]
+    run(*options, "--trainer.max_epochs", 1, "--trainer.default_root_dir", "first")
+    first = checkpoint("first")
+    run(*options, "--trainer.max_epochs", 2, "--trainer.default_root_dir", "second", "--ckpt_path", first)
+    assert torch.load(checkpoint("second"), weights_only=True)["global_step"] == 8
+    run(*options, "--trainer.default_root_dir", "third", "--model.weights", first, "--model.lr", "1e-12")
+    before, after = (torch.load(path, weights_only=True)["state_dict"] for path in (first, checkpoint("third")))
+    own = [name for name in before if ".blocks." in name and "weight" in name]
+    assert own
+    for name in own:
+        torch.testing.assert_close(after[name], before[name])
+    assert "test accuracy" in run("test", *QUICK[:8], "--ckpt_path", first, "--model.backbone", "own.Net")
+    assert "give --data.root" not in caplog.text, "the digits lie in no folder"
+    with pytest.raises(SystemExit, match=r"the weights do not fit Net.* in the weights, .* in the network"):
+        run(*options, "--model.backbone.width", "6", "--model.weights", first)
 
 
 def test_resuming_a_longer_run_says_what_to_do(tmp_path, monkeypatch):

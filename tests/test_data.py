@@ -94,6 +94,25 @@ def test_folder_without_test_uses_val_as_test(image_folder, caplog):
     assert sorted(label for _, label in module.val_set) == [0, 0, 1, 1]
 
 
+def test_folder_without_test_keeps_val_for_validation(image_folder, caplog):
+    module = data.ImageFolder(str(image_folder(("train", "val"))), val_as="val", num_workers=0)
+    assert "cut from 'train'" not in caplog.text
+    module.setup("fit")
+    assert [len(s) for s in (module.train_set, module.val_set)] == [20, 20]
+    with pytest.raises(FileNotFoundError, match="has no folder 'test', and val_as='val': there is nothing to test on"):
+        module.setup("test")
+    with pytest.raises(ValueError, match="val_as='valid' is not known: give one of"):
+        data.ImageFolder(module.root, val_as="valid")
+
+
+@pytest.mark.parametrize("val_as", ["test", "val"])
+def test_folder_with_all_splits_needs_no_word_on_val(val_as, image_folder):
+    module = data.ImageFolder(str(image_folder()), val_as=val_as)
+    assert {split: folder.name for split, folder in module.folders.items()} == {
+        name: name for name in ("train", "val", "test")
+    }
+
+
 def test_folder_with_train_alone_has_nothing_to_test_on(image_folder):
     module = data.ImageFolder(str(image_folder(("train",))), num_workers=0)
     module.setup("fit")

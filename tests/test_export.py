@@ -1,4 +1,6 @@
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -6,6 +8,7 @@ import torch
 
 import ff_lightning
 from ff_lightning import Backprop, inference
+from ff_lightning.commands.recorded import recorded
 from ff_lightning.inference.formats import Answering
 from tests.trained import CLASSES, run, train
 
@@ -114,6 +117,35 @@ def test_what_is_shared_comes_back(trained, tmp_path):
     for answer, expected in zip(ff_lightning.from_pretrained(moved)(files), predictor(files), strict=True):
         assert torch.equal(answer.scores, expected.scores)
     card = (tmp_path / "moved" / "README.md").read_text()
-    for part in ("license: cc0-1.0", "ImageFolder", "val/acc", "from_pretrained", "Made for a test.", "4 epochs"):
+    for part in (
+        "license: cc0-1.0",
+        "ImageFolder",
+        "val/acc",
+        "from_pretrained",
+        "Made for a test.",
+        "4 epochs",
+        "fit --data ImageFolder",
+    ):
         assert part in card
-    assert str(root) not in card, "whose folder it was is nobody's business"
+    assert str(root.parent) not in card, "whose folder it was is nobody's business"
+    command = re.search(r"```bash\nff-lightning (.*)\n```", card)[1]
+    assert shlex.split(command)[:5] == ["fit", "--data", "ImageFolder", "--data.root", ".../images"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["--trainer.logger.api_key", "abc"], "--trainer.logger.api_key ..."),
+        (
+            ["--trainer.logger={init_args: {token: abc, offline: true}}"],
+            "'--trainer.logger={init_args: {token: ..., offline: true}}'",
+        ),
+        (["--data.train=/home/me/a b.csv"], "'--data.train=.../a b.csv'"),
+        (["--data.root", "~/me/abc"], "--data.root .../abc"),
+        (["--data.train", "[/home/me/a.csv,/home/me/b.csv]"], "--data.train '[.../a.csv,.../b.csv]'"),
+        (["--model.weights", "runs/abc/last.ckpt"], "--model.weights runs/abc/last.ckpt"),
+        (["--ckpt_path", "https://host/a/b.ckpt"], "--ckpt_path https://host/a/b.ckpt"),
+    ],
+)
+def test_secrets_and_folders_are_not_recorded(given, kept):
+    assert recorded(["fit", *given, "--model", "SFF"]) == f"ff-lightning fit {kept} --model SFF"

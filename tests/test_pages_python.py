@@ -1,4 +1,4 @@
-"""The Python of every page runs as it stands there, on small data; README and docs/extend.md have their own tests."""
+"""The Python of every page runs as it stands there, on small data; OTHERS have their own tests."""
 
 import inspect
 import re
@@ -18,7 +18,7 @@ from tests.pages import MYPACKAGE, PAGES, ROOT, code, name_of
 
 SHAPE = {"num_classes": 10, "input_shape": (3, 32, 32)}
 QUICK = "limit_train_batches=2, limit_val_batches=1, logger=False, enable_checkpointing=False, accelerator='cpu'"
-OTHERS = ("README.md", "docs/data.md", "docs/extend.md")
+OTHERS = ("README.md", "docs/data.md", "docs/extend.md", "docs/search.md")
 SLOW = ("docs/networks.md", "docs/performance.md")
 
 

@@ -1,5 +1,6 @@
 import csv
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 import ff_lightning
-from ff_lightning import SFF, data
+from ff_lightning import SCFF, SFF, data
 from tests.conftest import small_net
 from tests.trained import CLASSES, QUIET, run, train
 
@@ -114,6 +115,40 @@ def test_checkpoints_that_do_not_say_what_they_are(trained, tmp_path):
     torch.save(content, tmp_path / "old.ckpt")
     with pytest.raises(ValueError, match="does not say of which model it is"):
         ff_lightning.load(tmp_path / "old.ckpt")
+
+
+def test_a_model_without_answers_names_the_command_that_reads_it(make_trainer, tmp_path):
+    trainer = make_trainer(max_epochs=1, limit_train_batches=1)
+    trainer.fit(SCFF(input_shape=(1, 8, 8), channels=[4]), data.Digits(batch_size=8))
+    trainer.save_checkpoint(tmp_path / "scff.ckpt")
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    of_files = ["predict", "--data.root", tmp_path / "a.png", "--out", tmp_path / "p.csv"]
+    for arguments in (of_files, ["export", "--format", "torch"]):
+        with pytest.raises(SystemExit, match=r"names no classes.*ff-lightning probe says"):
+            run(*arguments, "--ckpt_path", tmp_path / "scff.ckpt")
+    assert not {*tmp_path.glob("*.csv"), *tmp_path.glob("*.pt2")}
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [
+        ("pyarrow", ["predict", "--data.root", "a.png", "--out", "p.parquet"], "parquet"),
+        ("pandas", ["predict", "--data.root", "a.png", "--out", "p.parquet"], "parquet"),
+        ("onnx", ["export"], "onnx"),
+        ("onnxscript", ["export"], "onnx"),
+        ("safetensors.torch", ["export", "--format", "safetensors"], "hub"),
+    ],
+)
+def test_an_extra_that_is_missing(missing, arguments, extra, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("a.png")
+    monkeypatch.setitem(sys.modules, missing, None)  # an import then fails, as of a module that is not there
+    if arguments[0] == "export":
+        arguments = [*arguments, "--out", "net" + (".onnx" if extra == "onnx" else ".safetensors")]
+    message = rf"error: {missing} is not installed: pip install 'ff-lightning\[{extra}\]'\n$"
+    with pytest.raises(SystemExit, match=message):
+        run(*arguments, "--ckpt_path", trained[1])
+    assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["a.png"]
 
 
 def test_images_of_all_kinds_get_the_same_answers(trained):

@@ -75,27 +75,31 @@ def read_checkpoint(path: str) -> Mapping[str, Any]:
     return content
 
 
-def find_root(root: str, checkpoint: str) -> str:
-    """The folder of the data that a checkpoint names, also from another folder than that of the training.
+def found_root(cls: Any, arguments: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """The arguments of a data module, with the folder of its data where that is, seen from here.
 
     Args:
-        root: As it was given in the training.
-        checkpoint: Its path: a relative `root` that is not here may lie in a folder above the checkpoint.
+        cls: Class of the data module.
+        arguments: As a checkpoint holds them.
+        checkpoint: Its path: a relative ``root`` that is not here may lie in a folder above the checkpoint.
 
     Returns:
-        The folder; `root` itself, with a warning, where nothing is found.
+        The arguments; they are unchanged, with a warning, where nothing is found.
     """
+    root = arguments.get("root")
+    if not isinstance(root, str) or not getattr(cls, "reads_root", True):
+        return arguments
     place = Path(root).expanduser()
     if place.is_absolute() or place.exists() or is_remote(checkpoint):
-        return root
+        return arguments
     for folder in Path(checkpoint).absolute().parents:
         if (folder / place).exists():
-            return str(folder / place)
+            return {**arguments, "root": str(folder / place)}
     log.warning(
         "root=%r of the checkpoint %s is relative to the folder of the training: it is neither in %s nor above the "
         "checkpoint; give --data.root", root, checkpoint, Path.cwd(),
     )  # fmt: skip
-    return root
+    return arguments
 
 
 def data_of(path: str, root: str | None) -> LightningDataModule:
@@ -109,6 +113,4 @@ def data_of(path: str, root: str | None) -> LightningDataModule:
         raise ValueError(f"ckpt_path={path!r} names no data: it was not written by ff-lightning fit")
     cls: Any = named_class("the data", stored["_class_path"], (LightningDataModule,))
     arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
-    if root is None and isinstance(arguments.get("root"), str):
-        root = find_root(arguments["root"], path)
-    return cls(**{**arguments, **({} if root is None else {"root": root})})
+    return cls(**(found_root(cls, arguments, path) if root is None else {**arguments, "root": root}))

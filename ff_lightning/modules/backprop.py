@@ -70,7 +70,7 @@ class Backprop(LocalLearner):
 
     def __init__(
         self,
-        backbone: str | nn.Module = "cnn",
+        backbone: nn.Module | str = "cnn",
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,
         stem: Stem = "standard",

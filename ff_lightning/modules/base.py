@@ -197,7 +197,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         return [[p for module in modules for p in module.parameters() if p.requires_grad] for modules in self._units]
 
     def build_backbone(
-        self, backbone: str | nn.Module, stem: Stem, weights: str | None, input_shape: Sequence[int] | None = None
+        self, backbone: nn.Module | str, stem: Stem, weights: str | None, input_shape: Sequence[int] | None = None
     ) -> nn.Module:
         """The network itself, or the one of this name for samples of a shape, that of the data; see `backbones`."""
         check_choice("stem", stem, get_args(Stem))

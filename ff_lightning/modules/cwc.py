@@ -52,7 +52,7 @@ class CwC(LocalLearner):
 
     def __init__(
         self,
-        backbone: str | nn.Module = "cfse",
+        backbone: nn.Module | str = "cfse",
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,
         loss: Literal["ce", "pvn", "cwg"] = "ce",

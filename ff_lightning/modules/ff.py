@@ -64,7 +64,7 @@ class FF(LocalLearner):
 
     def __init__(
         self,
-        backbone: str | nn.Module | None = None,
+        backbone: nn.Module | str | None = None,
         widths: list[int] | None = None,
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,

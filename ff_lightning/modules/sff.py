@@ -53,7 +53,7 @@ class SFF(LocalLearner):
 
     def __init__(
         self,
-        backbone: str | nn.Module = "cnn",
+        backbone: nn.Module | str = "cnn",
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,
         stem: Stem = "standard",

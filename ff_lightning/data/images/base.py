@@ -80,6 +80,8 @@ class ImageData(DataModule):
     train_set: ImageSplit
     statistics: tuple[Sequence[float], Sequence[float]]
     """Mean and standard deviation of each channel, for pixels from 0 to 1."""
+    reads_root = True
+    """Whether the samples lie in files below `root`."""
     flips = True
     """Whether a mirrored image is of the same class."""
     crops = True

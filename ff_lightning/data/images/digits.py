@@ -34,7 +34,7 @@ class Digits(VectorData):
 
     class_names = tuple("0123456789")
     input_shape = (1, 8, 8)
-    flips = crops = False
+    flips = crops = reads_root = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -30,7 +30,7 @@ class FakeImages(ImageData):
     class_names = tuple(f"pattern{number}" for number in range(10))
     input_shape = (3, 32, 32)
     statistics = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    flips = False
+    flips = reads_root = False
 
     def __init__(self, images: int = 1000, **kwargs: Any) -> None:
         super().__init__(**kwargs)
