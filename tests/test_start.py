@@ -4,8 +4,9 @@ import pytest
 import torch
 import yaml
 
-from ff_lightning import LocalNet
+from ff_lightning import SFF, LocalLearner, LocalNet
 from ff_lightning.callbacks.table import kept_per_image
+from ff_lightning.commands.answers import subclasses
 from ff_lightning.commands.start import EPOCHS
 from ff_lightning.util.memory import saved_for_backward
 from tests.conftest import small_net
@@ -46,6 +47,12 @@ def test_help_of_a_class_names_all_its_arguments():
     assert "--data.image_size None" in run("fit", "--data.help=CIFAR10")
     with pytest.raises(SystemExit, match=r"model\.help='SFFF' is not known; did you mean 'SFF'"):
         run("fit", "--model.help", "SFFF")
+
+
+def test_a_class_made_of_another_by_its_name_does_not_take_its_place():
+    namesake = type("SFF", (SFF,), {})  # as torch.export makes one
+    assert subclasses(LocalLearner)["SFF"] is SFF
+    assert namesake in SFF.__subclasses__()
 
 
 def test_a_template_runs_and_is_not_overwritten(tmp_path, monkeypatch):

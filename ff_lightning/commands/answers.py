@@ -213,7 +213,8 @@ def subclasses(*bases: type) -> dict[str, type]:
     """These classes and all public ones that are made of them, as far as they are imported, by their names."""
     found: dict[str, type] = {}
     for base in bases:
-        found |= {base.__name__: base, **subclasses(*base.__subclasses__())}
+        # torch.export leaves subclasses that have the name of their base
+        found |= {**subclasses(*base.__subclasses__()), base.__name__: base}
     return {name: cls for name, cls in found.items() if not name.startswith("_")}
 
 

@@ -58,8 +58,8 @@ class ImageFolder(ImageData):
     """Images in ``root/{train,val,test}/<class>/*``; ``val`` and ``test`` may be missing.
 
     Without ``val``, validation images are cut from ``train``. With ``val`` but without ``test``, see `val_as`. The
-    folders may also be named ``training``, ``valid``, ``validation`` or ``testing``. Hidden files and folders, and those
-    that file managers leave behind, are skipped. Pixels are normalised by the statistics of ImageNet.
+    folders may also be named ``training``, ``valid``, ``validation`` or ``testing``. Hidden files and folders, and
+    those that file managers leave behind, are skipped. Pixels are normalised by the statistics of ImageNet.
 
     Args:
         root: Folder with the folder ``train``.
