@@ -23,7 +23,8 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_a_folder_is_predicted_as_test_would(trained, tmp_path):
+def test_a_folder_is_predicted_as_test_would(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the test leaves its config
     root, path = trained
     printed = run("predict", "--ckpt_path", path, "--data.root", root / "test", "--out", tmp_path / "p.csv", "--scores")
     rows = read(tmp_path / "p.csv")
