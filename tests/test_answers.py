@@ -50,6 +50,7 @@ VALUES = [
     ("--model.input_shape [32,32]", r"input_shape=\(32, 32\): must be \(C, H, W\), whole numbers"),
     ("--model.optimizer SDG", "optimizer='SDG' .*did you mean 'SGD'"),
     ("--model.optimizer SGD --model.optimizer.momentun 1", "'momentun' is not accepted; did you mean 'momentum'"),
+    ("--model FF --model.train_blocks [1]", "'train_blocks' is not accepted: it is an option of SFF"),
     ("--model.optimizer nomodule.SGD", "optimizer='nomodule.SGD'.*No module named 'nomodule'"),
     ("--model.lr_scheduler StepLR", "lr_scheduler='StepLR' needs step_size: give --model.lr_scheduler.step_size"),
     ("--model torch.nn.Linear", "model='torch.nn.Linear': does not correspond to a subclass of LocalLearner"),

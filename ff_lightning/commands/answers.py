@@ -143,8 +143,14 @@ def of_parser(
                 return f"{option.lstrip('-')}={name!r} needs {missing[1]}: give {option}.{missing[1]} too"
     within = re.search(r"^Option '(\S+)' is not accepted$", message)
     if within:
-        known = {name for cls in classes.values() for base in cls.__mro__ for name in signature(base).parameters}
-        return message + closest(within[1], known)
+        options_of = {
+            name: {option for base in cls.__mro__ for option in signature(base).parameters}
+            for name, cls in classes.items()
+        }
+        theirs = [name for name, known in options_of.items() if within[1] in known]
+        if theirs:
+            return f"{message}: it is an option of {', '.join(theirs)}"
+        return message + closest(within[1], set().union(*options_of.values()))
     unknown = re.search(r"option '(\S+)'|unrecognized arguments: (?:--)?([^\s=]+)", message)
     return (
         message + _option_like(unknown[1] or unknown[2], options)
