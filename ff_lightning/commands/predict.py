@@ -30,7 +30,7 @@ Row = list[Any]
 def is_of_files(args: Sequence[str]) -> bool:
     """Whether a command line asks for the classes of files, and not for a data module in Lightning's own way."""
     names = {arg.split("=")[0] for arg in args}
-    own = {"-h", "--help", "--data.root"}
+    own = {"-h", "--help", "--data.root", "--out", "--overwrite", "--scores"}
     return args[:1] == ["predict"] and bool(names & own) and not names & {"--data", "--config", "--model"}
 
 
