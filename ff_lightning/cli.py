@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -22,7 +22,7 @@ from ff_lightning.callbacks.table import LogShortEpochs
 from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
 from ff_lightning.commands.ckpt_path import find_checkpoint, found_root, read_checkpoint
 from ff_lightning.commands.completion import main as completion
-from ff_lightning.commands.composing import OF_ONE_SET, compose, names_data
+from ff_lightning.commands.composing import OF_ONE_SET, compose, names
 from ff_lightning.commands.exits import main as exits
 from ff_lightning.commands.export import main as export
 from ff_lightning.commands.predict import is_of_files
@@ -122,7 +122,7 @@ class CLI(LightningCLI):
         try:
             path = self._ckpt_path(first[subcommand])
             stored = {} if path is None else self._stored_in(path, first[subcommand])
-            if path is not None and subcommand != "fit" and "data" not in stored and not names_data(given):
+            if path is not None and subcommand != "fit" and "data" not in stored and not names("data", given):
                 raise ValueError(f"ckpt_path={path!r} names no data, no ff-lightning fit has written it: give --data")
         except ValueError as error:
             parser.error(str(error))
@@ -150,6 +150,8 @@ class CLI(LightningCLI):
         ):  # fmt: skip
             stored = checkpoint.get(key, {})
             if "_class_path" in stored:
+                if part == "model" and names("model", _Parser.given):
+                    _check_same_method(path, config.model.class_path, stored["_class_path"])
                 check_stored(part, stored, kind, config.get(part))
                 arguments = {name: value for name, value in stored.items() if not name.startswith("_")}
                 if part == "data" and self._is_other_data(config.data.class_path, stored["_class_path"]):
@@ -183,7 +185,13 @@ class CLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Say how long it takes; group what is logged, where there is a logger."""
+        """Say how long it takes, and if nothing is validated; group what is logged, where there is a logger."""
+        every, epochs = self.trainer.check_val_every_n_epoch, self.trainer.max_epochs
+        if every is not None and epochs is not None and 0 < epochs < every:
+            rank_zero_warn(
+                f"check_val_every_n_epoch={every}, and the run has max_epochs={epochs}: there is no validation, and so "
+                "no best checkpoint"
+            )
         self.model.command = self.command
         callbacks = cast(Any, self.trainer).callbacks
         callbacks.insert(0, TimeLeft())  # before the bar, which shows what it says
@@ -200,6 +208,17 @@ class CLI(LightningCLI):
             cast(Any, self.trainer).callbacks.append(Pictures(config.pictures, config.pictures_format))
 
     before_validate = before_predict = before_test
+
+
+def _check_same_method(path: str, asked: str, stored: str) -> None:
+    """Raise ValueError if a checkpoint is of another method than the one that is asked for."""
+    known = subclasses(LocalLearner)
+    given, own = (known.get(name.rpartition(".")[2]) for name in (asked, stored))
+    if given and own and not (issubclass(given, own) or issubclass(own, given)):
+        raise ValueError(
+            f"ckpt_path={path!r} is of {own.__name__}, and the command asks for {given.__name__}: give another "
+            "checkpoint, or leave the model out"
+        )
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -65,3 +66,22 @@ def test_the_data_of_a_checkpoint_are_found_from_elsewhere(tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="must hold a folder 'train'"):
         run("test", "--ckpt_path", path, *QUIET)
     assert "root='images' of the checkpoint" in caplog.text
+
+
+def test_a_checkpoint_of_another_method_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("fit", "--model", "Backprop", *QUIET, "--trainer.max_steps", 1)
+    refusal = (
+        r"last.ckpt' is of Backprop, and the command asks for SFF: give another checkpoint, or leave the model out"
+    )
+    Path("mine.yaml").write_text("model: {class_path: SFF}")
+    for asked in (["--model", "SFF"], ["--config", "mine.yaml"]):
+        with pytest.raises(SystemExit, match=refusal):
+            run("fit", *asked, *QUIET, "--ckpt_path", "last")
+
+
+def test_a_run_too_short_to_validate_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ["--trainer.max_epochs", 2, "--trainer.limit_train_batches", 1]
+    with pytest.warns(UserWarning, match="check_val_every_n_epoch=5, and the run has max_epochs=2: there is no valid"):
+        run("fit", *QUIET, *few, "--trainer.check_val_every_n_epoch", 5)

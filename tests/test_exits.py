@@ -109,7 +109,7 @@ def test_what_cannot_work_is_said():
         EarlyExit(net, "mean_std", 0.5)
     with pytest.raises(ValueError, match=r"target=1\.0: must be above 0 and below 1"):
         EarlyExit(net, target=1.0)
-    with pytest.raises(ValueError, match="net=Linear: must be a LocalNet"):
+    with pytest.raises(ValueError, match="net=Linear: early exit is for networks whose blocks answer, a LocalNet"):
         EarlyExit(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="all at once"):
         EarlyExit(ff_net(negatives="hybrid"))

@@ -74,7 +74,7 @@ def test_one_bad_file_among_many(trained, tmp_path, monkeypatch):
         (["--data.root", "bad.png", "--out", "p.txt"], r"out='p\.txt': must end in '\.csv' or '\.parquet'"),
         (["--data.root", "bad.png", "--ckpt_path", "x.ckpt"], r"path='x\.ckpt': there is no such file"),
         (["--data.root", "bad.png", "--ckpt_path", "other.ckpt"], "is no checkpoint of Lightning"),
-        (["--out", "p.csv"], "the following arguments are required: --data.root"),
+        ([], "the following arguments are required: --data.root"),
         (["--data.root", "bad.png", "--batch_size", "0"], "batch_size=0: must be at least 1"),
     ],
 )

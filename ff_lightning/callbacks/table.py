@@ -71,7 +71,8 @@ class BlockTable(Callback):
         in_percent = name == "acc"
         title = "validation " if stage == "val" else "test "
         table = Table(title=title + ("accuracy" if in_percent else name))
-        table.add_column("block")
+        of_blocks = isinstance(getattr(pl_module, "net", None), LocalNet)
+        table.add_column("block" if of_blocks else "unit")
         table.add_column("module")
         table.add_column("%" if in_percent else name, justify="right")
         shown = (lambda value: f"{100 * float(value):.2f}") if in_percent else (lambda value: f"{float(value):.4g}")

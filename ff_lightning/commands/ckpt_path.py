@@ -7,6 +7,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 
 from ff_lightning.training.checkpoint_io import check_whole, fetched, is_remote, read
 from ff_lightning.training.trust import named_class
@@ -36,6 +37,7 @@ def find_checkpoint(which: str, root: str | None, dirpath: str | None) -> str:
         raise ValueError(f"ckpt_path={which!r}: there is no checkpoint {where}: give the path of one")
     last = max(found, key=lambda path: path.stat().st_mtime)
     if which == "last":
+        rank_zero_info(f"ckpt_path='last': {last}")
         return str(last)
     states = read_checkpoint(str(last)).get("callbacks", {})
     paths = [state["best_model_path"] for key, state in states.items() if key.startswith("BestCheckpoint")]

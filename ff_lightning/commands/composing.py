@@ -50,11 +50,11 @@ def compose(args: Sequence[str]) -> list[str]:
     return args
 
 
-def names_data(args: Sequence[str]) -> bool:
-    """Whether a command line asks for a data set, by ``--data`` or in a config."""
+def names(part: str, args: Sequence[str]) -> bool:
+    """Whether a command line names the class of model or data, by ``--model`` or ``--data``, or in a config."""
     for argument, following in zip(args, [*args[1:], ""], strict=True):
         option, attached, value = argument.partition("=")
-        if option == "--data" or (option == "--config" and "data" in _content(value if attached else following)):
+        if option == f"--{part}" or (option == "--config" and part in _content(value if attached else following)):
             return True
     return False
 

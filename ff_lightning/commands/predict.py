@@ -30,8 +30,9 @@ Row = list[Any]
 def is_of_files(args: Sequence[str]) -> bool:
     """Whether a command line asks for the classes of files, and not for a data module in Lightning's own way."""
     names = {arg.split("=")[0] for arg in args}
-    own = {"-h", "--help", "--data.root", "--out", "--overwrite", "--scores"}
-    return args[:1] == ["predict"] and bool(names & own) and not names & {"--data", "--config", "--model"}
+    others = {"--data", "--config", "--print_config", "--help_all", "--seed_everything"}
+    of_trainer = any(name.startswith(("--trainer", "--model")) for name in names)
+    return args[:1] == ["predict"] and not names & others and not of_trainer
 
 
 def main(args: Sequence[str]) -> None:
@@ -47,7 +48,8 @@ def main(args: Sequence[str]) -> None:
     parser = PlainParser(
         prog="ff-lightning predict",
         description="Classify images with a trained model: a table of file, class and probability.",
-        epilog="With --data or --config it is Lightning's own predict, over the test samples of a data module.",
+        epilog="With --data, --config or an option of trainer or model it is Lightning's own predict, over the test "
+        "samples of a data module; it writes no table.",
     )
     parser.add_argument("--ckpt_path", required=True, help="checkpoint (or last, or best) or export of a model")
     parser.add_argument("--data.root", dest="root", required=True, help="folder of images, one image, or a pattern")

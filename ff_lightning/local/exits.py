@@ -67,7 +67,10 @@ class EarlyExit(nn.Module):
         super().__init__()
         net = net if isinstance(net, LocalNet) else getattr(net, "net", net)
         if not isinstance(net, LocalNet):
-            raise ValueError(f"net={type(net).__name__}: must be a LocalNet, or a module that has one as net")
+            raise ValueError(
+                f"net={type(net).__name__}: early exit is for networks whose blocks answer, a LocalNet or a module "
+                "that has one as net: those of SFF, FF and CwC"
+            )
         if not callable(rule):
             check_choice("rule", rule, RULES, f"one of {list(RULES)}, or a function from scores (B, K) to (B,)")
         check_number("target", target, above=0, below=1, optional=True)
