@@ -147,9 +147,11 @@ def of_parser(
             name: {option for base in cls.__mro__ for option in signature(base).parameters}
             for name, cls in classes.items()
         }
-        theirs = [name for name, known in options_of.items() if within[1] in known]
-        if theirs:
-            return f"{message}: it is an option of {', '.join(theirs)}"
+        theirs = [classes[name] for name, known in options_of.items() if within[1] in known]
+        first = [cls.__name__ for cls in theirs if not any(base in theirs for base in cls.__mro__[1:])]
+        if first:
+            more = f" and {len(first) - 3} more" if len(first) > 3 else ""
+            return f"{message}: it is an option of {', '.join(first[:3])}{more}"
         return message + closest(within[1], set().union(*options_of.values()))
     unknown = re.search(r"option '(\S+)'|unrecognized arguments: (?:--)?([^\s=]+)", message)
     return (

@@ -216,7 +216,7 @@ def check_architecture(own: Mapping[str, Tensor], hparams: Mapping[str, Any], ch
             for name, kind in (("backbone", "a module"), ("head", "a function"))
             if name not in was and name in hparams  # what is given as a module or a function is not in there
         )
-        if module:
+        if module and "ff_lightning" in checkpoint:  # of this package, so that it tells what was stored
             raise ValueError(f"{module}{len(wrong)} tensors differ")
         raise ValueError(
             f"the checkpoint was written by another architecture: {len(wrong)} tensors differ, the first is "
