@@ -118,10 +118,7 @@ class PFF(LocalLearner):
         return self.representation(*inputs).split([layer.up.out_features for layer in self.net.layers], 1)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """What the generative circuit draws from the last layer's state after one pass upwards: (B, ...), from 0 to 1.
-
-        0 and 1 are the smallest and the largest value of a sample. ValueError without a generative circuit.
-        """
+        """What the generative circuit draws of the last layer's state: (B, ...), a sample's extremes being 0 and 1."""
         return self.net.reconstruct(x).view_as(x)
 
     def sample(self, n: int, seed: int = 0, label: int | None = None) -> Tensor:

@@ -137,12 +137,7 @@ class SFF(LocalLearner):
             self.net.voters |= self.net.trained
 
     def append_blocks(self, name: str, model: nn.Module, granularity: Granularity = "block") -> list[int]:
-        """Put new blocks on top of the network, and train only these.
-
-        Args:
-            name: Of the new part.
-            model: Network from the features of the last block; see `ff_lightning.LocalNet.append`.
-            granularity: Where to cut it.
+        """Put new blocks on top of the network, as `ff_lightning.LocalNet.append` does, and train only these.
 
         Returns:
             The numbers of the new blocks.
