@@ -42,25 +42,23 @@ def main(args: Sequence[str]) -> None:
     images, on = None, "noise (give --data.root for real images)"
     if settings.root:
         files = image_files(settings.root)
-        images = torch.stack([*islice(_readable(predictor, files), COMPARED)])
+        images = torch.stack([*islice(_readable(predictor, files, settings.root), COMPARED)])
         on = f"{len(images)} images of {settings.root}"
     differs = export(predictor, out, settings.format, images)
     print(f"{out}: {out.stat().st_size:,} bytes; scores equal those of the checkpoint to {differs:.1e} on {on}")
 
 
-def _readable(predictor: Predictor, files: Sequence[str]) -> Iterator[Tensor]:
+def _readable(predictor: Predictor, files: Sequence[str], root: str) -> Iterator[Tensor]:
     """The images of those files that can be read.
 
     Raises:
         ValueError: If there is none.
     """
-    lost, found = [], 0
+    lost: list[OSError] = []
     for file in files:
-        (image,) = predictor.prepare_all([file])
-        if isinstance(image, Tensor):
-            found += 1
-            yield image
-        else:
-            lost.append(image)
-    if not found:
-        raise ValueError(f"data.root: none of the {len(lost)} images can be read: {lost[0]}")
+        try:
+            yield predictor.prepare(file)
+        except OSError as error:
+            lost.append(error)
+    if len(lost) == len(files):
+        raise ValueError(f"data.root={root!r}: none of the {len(files)} images can be read: {lost[0]}")
