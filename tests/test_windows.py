@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ff_lightning.backbones import build_backbone
 from ff_lightning.callbacks import BlockTable, GreedyBlocks
 from ff_lightning.heads import GoodnessHead
 from ff_lightning.local.windows import Windows
+from ff_lightning.partition.channelwise import all_kept
 from ff_lightning.util.memory import saved_for_backward
 from tests.conftest import Residual, small_net
 
@@ -84,8 +86,8 @@ def peak(net, x, y):
 
 
 def of_backprop(net, x):
-    """Bytes that the blocks keep in an ordinary pass."""
-    with saved_for_backward(left_out=net.parameters()) as saved:
+    """Bytes that the blocks keep in an ordinary pass, and ordinary stems."""
+    with all_kept(), saved_for_backward(left_out=net.parameters()) as saved:
         for block in net.blocks:
             x = block(x)
     return saved.peak
@@ -143,11 +145,18 @@ def test_every_border_that_may_be_is_open_at_times_and_no_window_keeps_too_much(
             assert not all(is_open)
 
 
+def pooled() -> nn.Module:
+    """Chains of norm, activation and pooling, which are redone by groups of channels."""
+    widths = [16, 16, 32, 32]
+    parts = ((nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)) for a, b in pairwise(widths))
+    return nn.Sequential(*(nn.Sequential(*part) for part in parts))
+
+
 @pytest.mark.filterwarnings("ignore:reach=")
-@pytest.mark.parametrize("network", [small_net, lambda: nn.Sequential(*(Residual(16) for _ in range(5)))])
+@pytest.mark.parametrize("network", [small_net, lambda: nn.Sequential(*(Residual(16) for _ in range(5))), pooled])
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
 def test_what_is_kept_stays_below_the_share_of_backprop(network, share):
-    shape = (1, 32, 32) if network is small_net else (16, 8, 8)
+    shape = {small_net: (1, 32, 32), pooled: (16, 32, 32)}.get(network, (16, 8, 8))
     net = make(network(), input_shape=shape, reach=share)
     x, y = torch.randn(32, *shape), torch.arange(32) % 10
     whole = of_backprop(net, x)

@@ -23,7 +23,7 @@ from ff_lightning.local.windows import Counter, Kept, Storages, Windows
 from ff_lightning.losses import LogSumExpLoss, check_classes
 from ff_lightning.partition import Block, Granularity, Hooked, Inputs, partition
 from ff_lightning.partition.block import main_output
-from ff_lightning.partition.channelwise import all_kept
+from ff_lightning.partition.channelwise import all_kept, redone_bytes
 from ff_lightning.partition.trace import evaluating
 from ff_lightning.util.arguments import check_blocks, is_whole
 from ff_lightning.util.suggest import unknown
@@ -164,11 +164,14 @@ class LocalBlocks(nn.Module):
         with evaluating(self), torch.enable_grad():
             values = [value[:1] for value in self._example_here()]
             two, three = (self._storages([torch.cat([value] * count) for value in values]) for count in (2, 3))
-        inputs, *parts, backprop = map(_per_example, two, three)
-        return Kept(parts[::2], parts[1::2], inputs, sum(backprop.values()))
+        inputs, backprop, *parts = map(_per_example, two, three)
+        redone = [max(part.values(), default=0) for part in parts[1::4]]  # one chain after the other
+        return Kept(parts[::4], redone, parts[2::4], parts[3::4], inputs, sum(backprop.values()))
 
     def _storages(self, values: Sequence[Tensor]) -> list[Storages]:
-        """What is kept: of the batch itself, of each block and its norm in turn, and of all without norms and heads."""
+        """What is kept: of the batch itself, of all without norms and heads; of each block in turn, while it is redone,
+        of its objective and of its norm.
+        """
         counter = Counter(self.parameters())
         found: list[Storages] = []
         graphs: list[Any] = []
@@ -176,13 +179,14 @@ class LocalBlocks(nn.Module):
             state = state_of(values)
             for k, block in enumerate(cast(Iterable[Block], self.blocks)):
                 mask = self.inputs.valid(values) if self._is_masked(k) else None
-                out = block(state)
-                of_block = counter.take()
+                with redone_bytes() as redone:
+                    out = block(state)
+                found += [counter.take(), dict(enumerate(redone))]
                 outside, features = hand_on(block, main_output(out), self.norm, False, True, mask)
                 of_norm = counter.take()
                 with suppress(NotImplementedError):  # an objective without scores
                     graphs.append(with_mask(self.objectives[k], self._take_mask["forward"][k], features, mask))
-                found += [of_block | counter.take(), of_norm]
+                found += [counter.take(), of_norm]
                 state = (outside, *out[1:]) if isinstance(out, tuple) else outside
             graphs.append(state)
             state = state_of(values)
@@ -190,7 +194,7 @@ class LocalBlocks(nn.Module):
                 for block in cast(Iterable[Block], self.blocks):
                     state = block(state)
         batch = {value.untyped_storage().data_ptr() for value in values}
-        return [{address: size for address, size in found[0].items() if address in batch}, *found, counter.take()]
+        return [{address: size for address, size in found[0].items() if address in batch}, counter.take(), *found]
 
     def block_parameters(self, k: int) -> list[nn.Parameter]:
         """The trainable parameters of block k and its objective."""

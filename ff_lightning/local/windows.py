@@ -24,7 +24,11 @@ class Kept:
     """What autograd keeps of an example for backward, parameters aside."""
 
     blocks: Sequence[Storages]
-    """Of each block and its objective."""
+    """Of each block."""
+    redone: Sequence[int]
+    """Bytes that each block keeps for a while in its backward, besides."""
+    objectives: Sequence[Storages]
+    """Of the objective of each block."""
     norms: Sequence[Storages]
     """Of the norm behind each block, where no border lies there."""
     inputs: Storages
@@ -34,10 +38,13 @@ class Kept:
 
     def share(self, first: int, last: int) -> float:
         """What the blocks from `first` to `last` keep at once, as a share of what backprop keeps."""
-        kept = dict(self.inputs)
-        for part in (*self.blocks[first : last + 1], *self.norms[first:last]):
-            kept |= part  # a storage counts once, however many blocks keep it
-        return sum(kept.values()) / max(self.backprop, 1)
+        kept, most = dict(self.inputs), 0
+        for k in range(first, last + 1):
+            kept |= self.blocks[k]  # a storage counts once, however many blocks keep it
+            if self.redone[k]:  # in backward, where what is above the block is gone
+                most = max(most, sum(kept.values()) + self.redone[k])
+            kept |= self.objectives[k] | (self.norms[k] if k < last else {})
+        return max(most, sum(kept.values())) / max(self.backprop, 1)
 
 
 class Counter:

@@ -20,6 +20,7 @@ from ff_lightning.util.torch_private import has_hooks, is_transformed
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Identity)
 _all_kept: ContextVar[bool] = ContextVar("all_kept", default=False)
+_redone_bytes: ContextVar[list[int] | None] = ContextVar("redone_bytes", default=None)
 _PARTS = 8
 """So many groups of channels are redone, one after the other: more of them keep less, and are slower."""
 
@@ -32,6 +33,16 @@ def all_kept() -> Iterator[None]:
         yield
     finally:
         _all_kept.reset(token)
+
+
+@contextmanager
+def redone_bytes() -> Iterator[list[int]]:
+    """Note what each chain keeps for a while in its backward: the values of one group of channels."""
+    token = _redone_bytes.set(noted := [])
+    try:
+        yield noted
+    finally:
+        _redone_bytes.reset(token)
 
 
 def join_channelwise(body: fx.GraphModule) -> None:
@@ -128,6 +139,8 @@ class _ByChannels(torch.autograd.Function):
         out, places = F.max_pool2d(mapped, *ctx.pooling, return_indices=True)
         small = torch.int16 if mapped.shape[2:].numel() <= torch.iinfo(torch.int16).max else torch.int32
         ctx.save_for_backward(x, weight, bias, *statistics, places.to(small))
+        if (noted := _redone_bytes.get()) is not None:
+            noted.append(len(before) * x[:, : _size(x)].nbytes)
         return out
 
     @staticmethod
@@ -142,7 +155,7 @@ class _ByChannels(torch.autograd.Function):
             found = iter(torch.autograd.grad(out, wanted, arriving, create_graph=True))
             return *(next(found) if needs else None for needs in needed), None
         gradients = [torch.empty_like(value) if needs else None for value, needs in zip(values, needed, strict=True)]
-        size = -(-x.shape[1] // _PARTS)
+        size = _size(x)
         lines = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.contiguous_format if lines else torch.channels_last  # or sums are rounded in another order
         for part in (slice(start, start + size) for start in range(0, x.shape[1], size)):
@@ -162,7 +175,13 @@ class _ByChannels(torch.autograd.Function):
             for k, whole in enumerate(gradients):
                 if whole is not None:
                     (whole[:, part] if k == 0 else whole[part]).copy_(next(found))
+            del channels, wanted, mapped, of_map, found  # or they are there beside those of the next group
         return *gradients, None
+
+
+def _size(x: Tensor) -> int:
+    """Channels of a group."""
+    return -(-x.shape[1] // _PARTS)
 
 
 def _arguments(pooling: Any) -> tuple[Any, ...]:
