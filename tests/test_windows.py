@@ -147,8 +147,8 @@ def test_every_border_that_may_be_is_open_at_times_and_no_window_keeps_too_much(
 
 def pooled() -> nn.Module:
     """Chains of norm, activation and pooling, which are redone by groups of channels."""
-    widths = [16, 16, 32, 32]
-    parts = ((nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)) for a, b in pairwise(widths))
+    pairs = pairwise([16, 16, 32, 32])
+    parts = [(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)) for a, b in pairs]
     return nn.Sequential(*(nn.Sequential(*part) for part in parts))
 
 
