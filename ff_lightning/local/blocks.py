@@ -169,7 +169,7 @@ class LocalBlocks(nn.Module):
         return Kept(parts[::4], redone, parts[2::4], parts[3::4], inputs, sum(backprop.values()))
 
     def _storages(self, values: Sequence[Tensor]) -> list[Storages]:
-        """What is kept: of the batch, of all without norms and heads; of each block, redone, its objective, its norm."""
+        """What is kept: of the batch, of all without norms and heads; of each block, redone, its objective and norm."""
         counter = Counter(self.parameters())
         found: list[Storages] = []
         graphs: list[Any] = []
