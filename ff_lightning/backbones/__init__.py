@@ -1,6 +1,6 @@
 """Networks by name: for images, vectors, signals and text."""
 
-from ff_lightning.backbones.build import Stem, build_backbone
+from ff_lightning.backbones.build import Backbone, Stem, build_backbone
 from ff_lightning.backbones.cfse import cfse
 from ff_lightning.backbones.cnn import cnn
 from ff_lightning.backbones.mlp import mlp
@@ -9,4 +9,4 @@ from ff_lightning.backbones.stem import small_stem
 from ff_lightning.backbones.text import text
 from ff_lightning.backbones.weights import load_weights
 
-__all__ = ["Stem", "build_backbone", "cfse", "cnn", "load_weights", "mlp", "signal", "small_stem", "text"]
+__all__ = ["Backbone", "Stem", "build_backbone", "cfse", "cnn", "load_weights", "mlp", "signal", "small_stem", "text"]

@@ -21,6 +21,8 @@ from ff_lightning.util.suggest import unknown
 
 log = logging.getLogger(__name__)
 
+Backbone = Literal["cnn", "cfse", "mlp", "signal", "text"] | nn.Module | str
+"""Our own names come first: for others, jsonargparse looks through all modules that there are, many times a parse."""
 Stem = Literal["standard", "small"]
 
 _MODULE = "an nn.Module (in YAML: class_path and init_args)"

@@ -6,7 +6,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
 
-from ff_lightning.backbones import Stem
+from ff_lightning.backbones import Backbone, Stem
 from ff_lightning.heads.layers import position_means
 from ff_lightning.local.chain import Chain, Norm, norm_for
 from ff_lightning.local.updates import Update
@@ -70,7 +70,7 @@ class Backprop(LocalLearner):
 
     def __init__(
         self,
-        backbone: nn.Module | str = "cnn",
+        backbone: Backbone = "cnn",
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,
         stem: Stem = "standard",

@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ff_lightning.backbones import Stem, build_backbone, load_weights
+from ff_lightning.backbones import Backbone, Stem, build_backbone, load_weights
 from ff_lightning.backbones.weights import read_weights
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.tasks import Task, TaskName, Unlabelled
@@ -197,7 +197,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         return [[p for module in modules for p in module.parameters() if p.requires_grad] for modules in self._units]
 
     def build_backbone(
-        self, backbone: nn.Module | str, stem: Stem, weights: str | None, input_shape: Sequence[int] | None = None
+        self, backbone: Backbone, stem: Stem, weights: str | None, input_shape: Sequence[int] | None = None
     ) -> nn.Module:
         """The network itself, or the one of this name for samples of a shape, that of the data; see `backbones`."""
         check_choice("stem", stem, get_args(Stem))

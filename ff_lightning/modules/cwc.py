@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from ff_lightning.backbones import Stem
+from ff_lightning.backbones import Backbone, Stem
 from ff_lightning.local.net import LocalNet
 from ff_lightning.local.updates import Update
 from ff_lightning.losses import GroupLoss
@@ -52,7 +52,7 @@ class CwC(LocalLearner):
 
     def __init__(
         self,
-        backbone: nn.Module | str = "cfse",
+        backbone: Backbone = "cfse",
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,
         loss: Literal["ce", "pvn", "cwg"] = "ce",

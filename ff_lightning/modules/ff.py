@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from ff_lightning.backbones import Stem
+from ff_lightning.backbones import Backbone, Stem
 from ff_lightning.local.ffnet import FFNet, mlp
 from ff_lightning.local.updates import Update
 from ff_lightning.modules.base import LocalLearner
@@ -64,7 +64,7 @@ class FF(LocalLearner):
 
     def __init__(
         self,
-        backbone: nn.Module | str | None = None,
+        backbone: Backbone | None = None,
         widths: list[int] | None = None,
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,

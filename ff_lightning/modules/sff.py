@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ff_lightning.backbones import Stem
+from ff_lightning.backbones import Backbone, Stem
 from ff_lightning.heads import HeadFactory
 from ff_lightning.local.chain import Norm
 from ff_lightning.local.net import LocalNet
@@ -53,7 +53,7 @@ class SFF(LocalLearner):
 
     def __init__(
         self,
-        backbone: nn.Module | str = "cnn",
+        backbone: Backbone = "cnn",
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,
         stem: Stem = "standard",

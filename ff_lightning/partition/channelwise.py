@@ -38,7 +38,8 @@ def all_kept() -> Iterator[None]:
 @contextmanager
 def redone_bytes() -> Iterator[list[int]]:
     """Note what each chain keeps for a while in its backward: the values of one group of channels."""
-    token = _redone_bytes.set(noted := [])
+    noted: list[int] = []
+    token = _redone_bytes.set(noted)
     try:
         yield noted
     finally:
