@@ -202,3 +202,12 @@ def test_prediction_exports_for_any_batch(name):
     shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
     program = torch.export.export(net, (x[:3],), dynamic_shapes=shapes, strict=False)
     torch.testing.assert_close(program.module()(x), net(x))
+
+
+def test_a_map_that_was_first_seen_in_inference_mode_can_be_trained_on():
+    features = torch.randn(2, 3, 12, 20, requires_grad=True)
+    with torch.inference_mode():
+        first = region_means(features, (4, 4))
+    region_means(features, (4, 4)).sum().backward()
+    assert torch.equal(region_means(features, (4, 4)), first)
+    assert features.grad is not None

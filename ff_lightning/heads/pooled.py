@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H x W or T positions, K classes.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from ff_lightning.heads.layers import check_head_sizes, check_size, hidden_layer, without_padding
 from ff_lightning.util.arguments import check_whole
+from ff_lightning.util.torch_private import is_transformed
 
 
 class PooledHead(nn.Module):
@@ -102,7 +104,15 @@ def region_means(features: Tensor, regions: tuple[int, ...]) -> Tensor:
     (lines, no_line), (width, no_column) = (divmod(side, part) for side, part in zip(size, regions, strict=True))
     if width >= 8 and no_line == no_column == 0:
         return features.unflatten(2, (-1, lines)).mean(3).unflatten(3, (-1, width)).mean(4)
-    return (features.flatten(2) @ _shares(size, regions).to(features.dtype)).unflatten(2, regions)
+    is_plain = type(features) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
+    shares = (_kept_shares if is_plain else _shares)(size, regions)
+    return (features.flatten(2) @ shares.to(features.dtype)).unflatten(2, regions)
+
+
+@lru_cache(maxsize=64)
+def _kept_shares(size: tuple[int, ...], regions: tuple[int, ...]) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():  # training may use it later
+        return _shares(size, regions)
 
 
 def _shares(size: Sequence[int], regions: Sequence[int]) -> Tensor:
