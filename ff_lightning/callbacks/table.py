@@ -7,6 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from ff_lightning.local.net import LocalNet
 from ff_lightning.local.windows import Windows, spans
@@ -30,7 +31,7 @@ class BlockTable(Callback):
         for k, (block, objective) in enumerate(zip(cast(Any, net.blocks), net.objectives, strict=True)):
             shape = " x ".join(map(str, block.map_shape))
             sizes = f"{_size(block):,}", f"{_size(objective):,}", f"{block.saved_bytes / 1024:,.0f} KiB"
-            name = block.name if k in net.trained else f"{block.name} (held)"
+            name = _name(block) if k in net.trained else f"{_name(block)} (held)"
             table.add_row(f"{k:02d}", escape(name), shape, *sizes)
         table.add_section()
         kept, backprop = (f"{size / 1024:,.0f} KiB" if size else "" for size in kept_per_image(net))
@@ -71,17 +72,20 @@ class BlockTable(Callback):
         in_percent = name == "acc"
         title = "validation " if stage == "val" else "test "
         table = Table(title=title + ("accuracy" if in_percent else name))
-        of_blocks = isinstance(getattr(pl_module, "net", None), LocalNet)
-        table.add_column("block" if of_blocks else "unit")
+        net = getattr(pl_module, "net", None)
+        blocks = list(cast(Any, net.blocks)) if isinstance(net, LocalNet) else []
+        table.add_column("block" if blocks else "unit")
         table.add_column("module")
         table.add_column("%" if in_percent else name, justify="right")
         shown = (lambda value: f"{100 * float(value):.2f}") if in_percent else (lambda value: f"{float(value):.4g}")
         for k, unit in enumerate(learner.unit_names):
-            key = f"{stage}/{learner.unit_key(k)}_{name}"
-            if key in logged:
-                table.add_row(f"{k:02d}", escape(unit), shown(logged[key]))
+            key = learner.unit_key(k)
+            if f"{stage}/{key}_{name}" in logged:
+                module = _name(blocks[k]) if k < len(blocks) else unit
+                table.add_row("" if key == unit else f"{k:02d}", escape(module), shown(logged[f"{stage}/{key}_{name}"]))
         table.add_section()
-        table.add_row("all", "sum" if name == "loss" else "vote", shown(logged[f"{stage}/{name}"]), style="bold")
+        answer = "vote (last block)" if getattr(net, "vote", None) == "last" else "vote"
+        table.add_row("all", "sum" if name == "loss" else answer, shown(logged[f"{stage}/{name}"]), style="bold")
         Console().print(table)
 
 
@@ -105,6 +109,13 @@ def kept_per_image(net: LocalNet) -> tuple[int, int]:
     kept = net.windows.kept or net.kept()
     most = max(kept.share(first, last) for ends in net.windows.placements for first, last in spans(ends))
     return round(most * kept.backprop), kept.backprop
+
+
+def _name(block: Any) -> str:
+    """The name of a block's module; with its class where that is only the number of a layer."""
+    name = str(block.name)
+    kind = type(block.body.get_submodule(name)) if name.isdigit() and block.body is not None else nn.Module
+    return name if kind in (nn.Module, nn.Sequential) else f"{name} ({kind.__name__})"
 
 
 def _units(learner: Any) -> Table:
