@@ -15,7 +15,7 @@ from ff_lightning.partition import partition
 if TYPE_CHECKING:
     from ff_lightning import data, tasks
     from ff_lightning.inference import from_pretrained, load
-    from ff_lightning.modules import FF, PFF, SCFF, SFF, Backprop, CwC, LocalLearner
+    from ff_lightning.modules import FF, PFF, SCFF, SFF, Backprop, CwC, LocalLearner, RecurrentFF
 
 __all__ = [
     "FF",
@@ -30,6 +30,7 @@ __all__ = [
     "LocalNet",
     "Objective",
     "PooledHead",
+    "RecurrentFF",
     "Update",
     "data",
     "from_pretrained",
@@ -43,7 +44,7 @@ def __getattr__(name: str) -> Any:
     """Import the names that need Lightning only when they are used: plain PyTorch users do not wait for it."""
     if name in ("data", "tasks"):
         return importlib.import_module(f"ff_lightning.{name}")
-    if name in ("FF", "PFF", "SCFF", "SFF", "Backprop", "CwC", "LocalLearner"):
+    if name in ("FF", "PFF", "SCFF", "SFF", "Backprop", "CwC", "LocalLearner", "RecurrentFF"):
         return getattr(importlib.import_module("ff_lightning.modules"), name)
     if name in ("load", "from_pretrained"):
         return getattr(importlib.import_module("ff_lightning.inference"), name)

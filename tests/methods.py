@@ -56,6 +56,9 @@ CASES = {
         8,
     ),
     "PFF": Case(lambda: {"units": [30, 30], "steps": 4}, None, "pff/digits", 85, None, ("manual",)),
+    "RecurrentFF": Case(
+        lambda: {"widths": [30, 30], "steps": 4, "window": (2, 4)}, None, "ff/digits_recurrent", 85, 4, ("manual",)
+    ),
     "SCFF": Case(lambda: {"widths": [20, 16], "epochs": [1, 1]}, None, "scff/digits", 0, answers=False),
     "SFF": Case(
         lambda: {"backbone": small_net()}, lambda: {"backbone": small_net(norm=False)}, "sff/digits_cnn", 90, 3

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from ff_lightning import SFF, Backprop, partition
-from ff_lightning.backbones import build_backbone, load_weights
+from ff_lightning import FF, SFF, Backprop, partition
+from ff_lightning.backbones import LocallyConnected, build_backbone, load_weights
 from tests.conftest import small_net
 
 IMAGE = (3, 32, 32)
@@ -144,3 +144,58 @@ def test_unknown_names():
         build_backbone("timm/resnet8x", 10, IMAGE)
     with pytest.raises(ValueError, match="torchvision has no weights for 'cnn'"):
         build_backbone("cnn", 10, IMAGE, weights="DEFAULT")
+
+
+class TestLocallyConnected:
+    @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 0), (4, 3, 1), (2, 2, 2)])
+    def test_the_same_weights_everywhere_make_a_convolution(self, kernel, stride, padding):
+        convolution = nn.Conv2d(3, 5, kernel, stride, padding)
+        layer = LocallyConnected(3, 5, (9, 7), kernel, stride, padding)
+        with torch.no_grad():
+            layer.weight.copy_(convolution.weight.flatten(1)[..., None].expand_as(layer.weight))
+            layer.bias.copy_(convolution.bias[:, None].expand_as(layer.bias))
+        x = torch.randn(2, 3, 9, 7)
+        torch.testing.assert_close(layer(x), convolution(x))
+
+    def test_each_position_has_weights_of_its_own(self):
+        layer, x = LocallyConnected(2, 4, (8, 6), 3, 2, 1), torch.randn(3, 2, 8, 6)
+        padded = nn.functional.pad(x, (1, 1, 1, 1))
+        found = layer(x)
+        assert found.shape == (3, 4, 4, 3)
+        for row in range(4):
+            for column in range(3):
+                field = padded[:, :, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3].flatten(1)
+                k = 3 * row + column
+                torch.testing.assert_close(found[:, :, row, column], field @ layer.weight[:, :, k].T + layer.bias[:, k])
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((1, 8, (28, 9), 10), r"size=\(28, 9\): no field fits, must be at least .* = 10"),
+            ((1, 8, 28, 10), "size=28: must be the height and width"),
+            ((1, 8, (28, 28), 3, 0), "stride=0: must be at least 1"),
+            ((1, 8, (28, 28), 3, 1, -1), "padding=-1: must be at least 0"),
+            ((1, 0, (28, 28), 3), "out_channels=0"),
+        ],
+    )
+    def test_bad_arguments_are_named(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            LocallyConnected(*arguments)
+
+    def test_an_input_of_another_size_is_refused(self):
+        with pytest.raises(ValueError, match=r"a sample has the shape \(1, 9, 8\): .* made for \(1, 8, 8\)"):
+            LocallyConnected(1, 2, (8, 8), 3)(torch.zeros(2, 1, 9, 8))
+
+    def test_the_network_of_the_paper_is_cut_at_each_layer_and_trained_by_forward_forward(self):
+        model = FF("local", negatives="hybrid", num_classes=10, input_shape=(1, 28, 28))
+        assert [block.map_shape for block in model.net.blocks] == [(128, 4, 4), (220, 3, 3), (512, 2, 2)]
+        assert [sum(p.numel() for p in block.parameters()) for block in model.net.blocks] == [
+            16 * 128 * 101, 9 * 220 * (128 * 4 + 1), 4 * 512 * (220 * 4 + 1)
+        ]  # fmt: skip
+        for loss in model.net.local_losses(torch.rand(4, 1, 28, 28), torch.arange(4)):
+            loss.backward()
+        assert all(p.grad.abs().sum() > 0 for p in model.net.blocks.parameters())
+        for granularity in ("block", "stage"):
+            assert len(partition(build_backbone("local", 10, (1, 28, 28)), granularity, torch.zeros(1, 1, 28, 28))) == 3
+        with pytest.raises(ValueError, match=r"input_shape=\(1, 8, 8\): backbone='local' needs images of at least 22"):
+            build_backbone("local", 10, (1, 8, 8))

@@ -123,6 +123,19 @@ def test_data_that_do_not_tell_their_length(accumulate, make_trainer):
     assert trainer.global_step == 5
 
 
+def test_cooldown_is_constant_for_half_of_the_run_and_then_falls_to_0(make_trainer, digits):
+    rates = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer = make_trainer(max_epochs=4, limit_train_batches=2, limit_val_batches=0, callbacks=[Watch()])
+    trainer.fit(make(lr_scheduler="cooldown", lr=0.1), digits)
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.1, 0.075, 0.05, 0.025])
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_onecycle_gives_no_momentum_to_an_optimizer_without(momentum, make_trainer, digits):
     optimizer = {"class_path": "torch.optim.SGD", "init_args": {"momentum": momentum}}

@@ -153,6 +153,7 @@ DRAWN = {
     "CwC": ANSWERS | BLOCKS | {"maps"},
     "FF": ANSWERS | BLOCKS,
     "PFF": ANSWERS | BLOCKS,
+    "RecurrentFF": ANSWERS | BLOCKS,
     "SCFF": {"features"},
     "SFF": ANSWERS | BLOCKS | {"maps"},
 }

@@ -218,7 +218,7 @@ def test_interrupted_in_the_turn_of_a_block(make_trainer, tmp_path):
     assert_same(whole, model)
 
 
-@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "cooldown"])
 def test_a_schedule_is_not_run_beyond_its_end(schedule, make_trainer, tmp_path):
     fit(make_trainer, make(lr_scheduler=schedule), max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
     message = f"lr_scheduler='{schedule}' of the checkpoint was made for 5 steps, this run has 10: resume with"

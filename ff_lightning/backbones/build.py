@@ -11,6 +11,7 @@ from torchvision import models
 
 from ff_lightning.backbones.cfse import cfse
 from ff_lightning.backbones.cnn import cnn
+from ff_lightning.backbones.local import local
 from ff_lightning.backbones.mlp import mlp
 from ff_lightning.backbones.signal import signal
 from ff_lightning.backbones.stem import first_convolution, like, replace, small_stem
@@ -21,7 +22,7 @@ from ff_lightning.util.suggest import unknown
 
 log = logging.getLogger(__name__)
 
-Backbone = Literal["cnn", "cfse", "mlp", "signal", "text"] | nn.Module | str
+Backbone = Literal["cnn", "cfse", "local", "mlp", "signal", "text"] | nn.Module | str
 """Our own names come first: for others, jsonargparse looks through all modules that there are, many times a parse."""
 Stem = Literal["standard", "small"]
 
@@ -40,11 +41,11 @@ def build_backbone(
     """Build a network by its name, for samples of a shape.
 
     Args:
-        name: ``"cnn"``, ``"cfse"``, ``"mlp"``, ``"signal"`` or ``"text"``, the name of a torchvision classification
-            model, or ``"timm/NAME"`` where timm is installed.
+        name: ``"cnn"``, ``"cfse"``, ``"local"``, ``"mlp"``, ``"signal"`` or ``"text"``, the name of a torchvision
+            classification model, or ``"timm/NAME"`` where timm is installed.
         num_classes: Outputs of the classifier.
-        input_shape: (C, H, W) of an image, of which only C matters here, (C, T) of a signal, (T,) for the most tokens
-            of a text; an mlp takes any shape.
+        input_shape: (C, H, W) of an image, of which only C matters to most networks, (C, T) of a signal, (T,) for the
+            most tokens of a text; an mlp takes any shape.
         stem: ``"small"``: see `small_stem`.
         weights: ``"DEFAULT"`` or another name of torchvision's weights for the model, or the path of a state dict.
         vocabulary: Number of token ids.
@@ -75,6 +76,7 @@ def build_backbone(
 _OWN: dict[str, Callable[[int, Sequence[int], int | None], nn.Module]] = {
     "cnn": lambda num_classes, shape, _: cnn(num_classes, shape[0]),
     "cfse": lambda num_classes, shape, _: cfse(num_classes, shape[0]),
+    "local": lambda num_classes, shape, _: local(num_classes, shape),
     "mlp": lambda num_classes, shape, _: mlp(num_classes, math.prod(shape)),
     "signal": lambda num_classes, shape, _: signal(num_classes, shape[0]),
     "text": lambda num_classes, shape, vocabulary: text(num_classes, cast(int, vocabulary), shape[0]),

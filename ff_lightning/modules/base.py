@@ -65,8 +65,9 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         lr: Learning rate of every unit; None: the one of `optimizer`, or 5e-3 for the default.
         lr_decay: Each unit has the learning rate of the unit above times this factor. For fine-tuning take less than 1,
             so that lower blocks move less.
-        lr_scheduler: ``"onecycle"``, ``"cosine"`` or ``"constant"``, for each optimizer step; or a class, a partial or
-            ``{class_path, init_args}``, called with the optimizer.
+        lr_scheduler: ``"onecycle"``, ``"cosine"``, ``"cooldown"`` (constant for half of the run, then linearly to 0) or
+            ``"constant"``, for each optimizer step; or a class, a partial or ``{class_path, init_args}``, called with
+            the optimizer.
         lr_interval: Whether a scheduler given as a class counts each optimizer ``"step"`` or each ``"epoch"``.
         optimization: ``"manual"``: each unit does backward and step before the next one runs, with its own optimizer.
             ``"automatic"``: Lightning's own loop with one optimizer, which gives the same gradients and weights.

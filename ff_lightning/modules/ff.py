@@ -55,7 +55,7 @@ class FF(LocalLearner):
         weights: See `SFF`.
         optimizer: None: SGD with momentum 0.9 and weight decay 3e-4.
         lr: Learning rate; None: the one of `optimizer`, or 1e-3 for the default.
-        lr_scheduler: See `LocalLearner`; the authors' rate is constant for half of the run and then falls to 0.
+        lr_scheduler: See `LocalLearner`; ``"cooldown"`` is the author's.
         kwargs: How it is trained: task, clip_norm, ...; see `LocalLearner`.
 
     Raises:

@@ -11,10 +11,10 @@ from torch import Tensor
 from ff_lightning.local.pffnet import PFFNet
 from ff_lightning.local.updates import Update
 from ff_lightning.modules.base import LocalLearner
-from ff_lightning.tasks import Classification
+from ff_lightning.training.checks import check_settles
 from ff_lightning.training.plain import to_plain
 from ff_lightning.training.schedules import Schedule
-from ff_lightning.util.arguments import check_number, shown
+from ff_lightning.util.arguments import check_number
 
 
 class PFF(LocalLearner):
@@ -77,14 +77,7 @@ class PFF(LocalLearner):
             num_classes=num_classes, input_shape=input_shape, optimizer=optimizer, lr=lr, lr_scheduler=lr_scheduler,
             clip_value=1.0 if clip_value is None and kwargs.get("clip_norm") is None else clip_value, **kwargs,
         )  # fmt: skip
-        if self.accumulate > 1 or self.automatic_optimization:
-            asked = f"accumulate={self.accumulate}" if self.accumulate > 1 else "optimization='automatic'"
-            raise ValueError(
-                f"{asked}: PFF takes a step after each of its {shown(steps)} steps of settling, and the next one sees "
-                "the new weights: they cannot be one; give optimization='manual' and accumulate=1"
-            )
-        if type(self.task) is not Classification:
-            raise ValueError(f"task={type(self.task).__name__}: PFF tries the labels of classes, give 'Classification'")
+        check_settles(self, steps)
         check_number("readout_lr", readout_lr, above=0)
         self.net = PFFNet(
             torch.Size(self.input_shape).numel(), self.num_classes, [2000, 2000] if units is None else to_plain(units),

@@ -102,7 +102,7 @@ class SCFF(LocalLearner):
             layers = convolutional_layers(self.input_shape[0], channels, kernels, pools, readout_pools, activation)
         self.net = ContrastNet(layers, self.input_shape, thresholds, lam, pairs, views)
         self.epochs = None if epochs is None else for_each("epochs", epochs, count, check_whole)
-        if epochs is not None and lr_scheduler in ("cosine", "onecycle"):
+        if epochs is not None and lr_scheduler in ("cosine", "onecycle", "cooldown"):
             raise ValueError(
                 f"lr_scheduler={lr_scheduler!r} lasts for the whole run, and `epochs` gives each layer a part of it: "
                 "give 'constant', or a class and lr_interval='step'"

@@ -17,11 +17,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from ff_lightning.tasks import Task, Unlabelled
+from ff_lightning.tasks import Classification, Task, Unlabelled
 from ff_lightning.training.lightning_private import ddp_settings
 from ff_lightning.training.recipe import check_optimizer, check_scheduler
-from ff_lightning.training.schedules import Schedule
-from ff_lightning.util.arguments import check_choice, check_number, check_shape, check_switch, check_whole
+from ff_lightning.training.schedules import CooldownLR, Schedule
+from ff_lightning.util.arguments import check_choice, check_number, check_shape, check_switch, check_whole, shown
 
 MEMORY_FORMATS: dict[str | None, torch.memory_format] = {
     None: torch.preserve_format,
@@ -74,6 +74,19 @@ def check_arguments(
             f"accumulate={accumulate} is for optimization='manual': with 'automatic' give "
             f"Trainer(accumulate_grad_batches={accumulate})"
         )
+
+
+def check_settles(model: Any, steps: Any) -> None:
+    """Raise ValueError if a model whose states settle under each class would join its updates, or has no classes."""
+    name = type(model).__name__
+    if model.accumulate > 1 or model.automatic_optimization:
+        asked = f"accumulate={model.accumulate}" if model.accumulate > 1 else "optimization='automatic'"
+        raise ValueError(
+            f"{asked}: {name} takes a step after each of its {shown(steps)} steps of settling, and the next one sees "
+            "the new weights: they cannot be one; give optimization='manual' and accumulate=1"
+        )
+    if type(model.task) is not Classification:
+        raise ValueError(f"task={type(model.task).__name__}: {name} tries the labels of classes, give 'Classification'")
 
 
 _ONE_OPTIMIZER: dict[type[Callback], str] = {
@@ -188,7 +201,7 @@ def check_schedules(schedulers: Iterable[Any], name: Any, wanted: int) -> None:
         wanted: Number of steps for which they would have been made.
     """
     for scheduler in schedulers:
-        length = {OneCycleLR: "total_steps", CosineAnnealingLR: "T_max"}.get(type(scheduler))
+        length = {OneCycleLR: "total_steps", CosineAnnealingLR: "T_max", CooldownLR: "total_steps"}.get(type(scheduler))
         steps = wanted if length is None else getattr(scheduler, length)
         if steps < wanted:
             raise ValueError(

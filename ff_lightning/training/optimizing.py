@@ -73,7 +73,7 @@ class Optimizing(KeepsHooks, LightningModule):
         schedulers = [scheduler for o in optimizers if (scheduler := make_scheduler(self, o)) is not None]
         self.schedulers_count_steps = isinstance(self.schedule, str) or self.lr_interval == "step"
         self._configured_lr = self.lr
-        self._steps_of_run = total_steps(self) if self.schedule in ("onecycle", "cosine") else 0
+        self._steps_of_run = total_steps(self) if self.schedule in ("onecycle", "cosine", "cooldown") else 0
         if not self.automatic_optimization:
             return optimizers, schedulers
         interval = "step" if self.schedulers_count_steps else "epoch"

@@ -11,7 +11,27 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR,
 from ff_lightning.training.factories import to_factory
 from ff_lightning.training.recipe import check_interval, make
 
-Schedule = Literal["onecycle", "cosine", "constant"]
+Schedule = Literal["onecycle", "cosine", "cooldown", "constant"]
+
+
+class CooldownLR(LRScheduler):
+    """The rate is constant for half of the run, and then falls linearly to 0.
+
+    The schedule of Hinton's code for Forward-Forward.
+
+    Args:
+        optimizer: Whose rate it is.
+        total_steps: Number of steps of the run.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int) -> None:
+        self.total_steps = total_steps
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rates of the next step."""
+        share = min(1.0, 2 * max(0.0, 1 - self.last_epoch / self.total_steps))
+        return [rate * share for rate in self.base_lrs]
 
 
 def make_scheduler(module: Any, optimizer: Optimizer) -> LRScheduler | ReduceLROnPlateau | None:
@@ -25,6 +45,8 @@ def make_scheduler(module: Any, optimizer: Optimizer) -> LRScheduler | ReduceLRO
         return OneCycleLR(optimizer, max_lr=rates, total_steps=total_steps(module), cycle_momentum=momentum)
     if module.schedule == "cosine":
         return CosineAnnealingLR(optimizer, T_max=total_steps(module))
+    if module.schedule == "cooldown":
+        return CooldownLR(optimizer, total_steps(module))
     factory = to_factory("lr_scheduler", module.schedule, LRScheduler)
     made: LRScheduler | ReduceLROnPlateau = make("lr_scheduler", factory, optimizer)
     check_interval(type(made), module.lr_interval)
