@@ -35,6 +35,17 @@ class RecurrentLayer(nn.Module):
         self.up = nn.Linear(below, units)
         self.down = nn.Linear(above, units, bias=False)
 
+    def forward(self, state: Tensor, drive: Tensor, above: Tensor, damping: float) -> Tensor:
+        """The next state, (B, N).
+
+        Args:
+            state: (B, N).
+            drive: What comes from below, (B, N).
+            above: The normalised state of the layer above, or the label.
+            damping: Share of the state that stays.
+        """
+        return damping * state + (1 - damping) * _relu(drive + self.down(above))
+
 
 class RecurrentNet(nn.Module):
     """Layers that are active, once they have settled, if the label on top is that of the image below.
@@ -107,10 +118,10 @@ class RecurrentNet(nn.Module):
         """
         states = [state.detach() for state in states]
         seen = [_mean_square_1(state) for state in (*states, labels)]
-        below = [drive, *(layer.up(state) for layer, state in zip(self.layers[1:], seen, strict=False))]
+        drives = [drive, *(layer.up(below) for layer, below in zip(self.layers[1:], seen, strict=False))]
         return [
-            self.damping * state + (1 - self.damping) * _relu(from_below + layer.down(above))
-            for state, from_below, layer, above in zip(states, below, self.layers, seen[1:], strict=True)
+            layer(state, drive, above, self.damping)
+            for layer, state, drive, above in zip(self.layers, states, drives, seen[1:], strict=True)
         ]
 
     def local_losses(self, x: Tensor, target: Tensor) -> Iterator[list[Tensor]]:
