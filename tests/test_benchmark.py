@@ -6,9 +6,11 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
+from ff_lightning import LocalNet
 from ff_lightning.benchmark.__main__ import main
-from ff_lightning.benchmark.measure import Alive, Result, _count, measure, ratio_of_times
+from ff_lightning.benchmark.measure import Alive, Course, Result, _count, measure, ratio_of_times
 from ff_lightning.benchmark.report import print_table
 from ff_lightning.benchmark.variants import Settings, build
 from ff_lightning.util.memory import saved_for_backward
@@ -128,6 +130,22 @@ def test_operations_of_own_functions_are_counted():
     with FlopCounterMode(display=False) as counter:
         class_goodness(features, weight).sum().backward()
     assert counter.get_total_flops() == 4 * 2 * (2 * 3 * 8 * 16)  # forward, again in backward, and two gradients
+
+
+def test_operations_are_those_of_pytorchs_counter_and_what_is_kept_is_not_changed_by_counting_them():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+    net = LocalNet(nn.Sequential(stem, nn.Conv2d(8, 8, 3)), 10, "layer", input_shape=(3, 16, 16))
+    x, y = torch.randn(4, 3, 16, 16), torch.arange(4)
+    with saved_for_backward(net.parameters()) as saved, Course(saved) as course:
+        net.loss(x, y).backward()
+    with FlopCounterMode(display=False) as counter:
+        net.loss(x, y).backward()
+    with saved_for_backward(net.parameters()) as alone:
+        net.loss(x, y).backward()
+    assert course.operations == counter.get_total_flops()
+    assert saved.peak == alone.peak
 
 
 def test_plot_says_what_it_needs(monkeypatch, capsys):

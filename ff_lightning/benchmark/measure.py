@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from ff_lightning.benchmark.variants import Settings, Variant, build
 from ff_lightning.util.memory import Saved, saved_for_backward
@@ -55,19 +55,28 @@ class Alive(TorchDispatchMode):
 
 
 class Course(TorchDispatchMode):
-    """What a step keeps for backward, after each of its operations."""
+    """What a step keeps for backward, after each of its operations, and how many floating-point operations it does.
 
-    def __init__(self, operations: FlopCounterMode, saved: Saved) -> None:
+    They are counted as `torch.utils.flop_counter.FlopCounterMode` does, which cannot be used here: it hangs a hook on
+    every module, and a stem that is watched keeps what an ordinary one keeps.
+    """
+
+    def __init__(self, saved: Saved) -> None:
         super().__init__()
-        self._operations, self._saved = operations, saved
+        self._saved = saved
+        self.operations = 0
         self.points: list[tuple[int, int]] = []
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation; note how many floating-point operations are done by now, and the bytes kept."""
-        result = func(*args, **(kwargs or {}))
-        point = self._operations.get_total_flops(), self._saved.now
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = flop_registry.get(getattr(func, "overloadpacket", None))
+        if count is not None:
+            self.operations += count(*args, **kwargs, out_val=result)
+        point = self.operations, self._saved.now
         if not self.points or self.points[-1][1] != point[1]:
             self.points.append(point)
         return result
@@ -79,7 +88,7 @@ class Result:
 
     name: str
     seconds: list[float]  # of a step, the mean of each turn
-    operations: int = 0  # floating-point operations of a step, as `FlopCounterMode` counts them
+    operations: int = 0  # floating-point operations of a step, see `Course`
     saved_peak: int = 0  # bytes kept for backward, at most
     tensor_peak: int = 0  # bytes of all tensors of a step alive, at most
     device_peak: int = 0  # bytes of the process, or of the device, that the steps added
@@ -186,12 +195,11 @@ def _seconds_of_step(variant: Variant, settings: Settings) -> float:
 def _count(variant: Variant, result: Result) -> None:
     """Everything that can be counted exactly; the first step makes the optimizers' state."""
     variant.step()
-    operations = FlopCounterMode(display=False)
-    with saved_for_backward(variant.parameters) as saved, operations, Course(operations, saved) as course:
+    with saved_for_backward(variant.parameters) as saved, Course(saved) as course:
         variant.step()
     with Alive() as alive:
         variant.step()
-    result.operations = operations.get_total_flops()
+    result.operations = course.operations
     result.saved_peak = saved.peak
     if variant.saved_peak:  # what it runs again in backward is hidden from the hooks
         result.saved_peak = variant.saved_peak()
