@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from scipy.io import wavfile
 
 from ff_lightning import SFF, data
 from ff_lightning.cli import main
@@ -64,6 +65,10 @@ def files(tmp_path, monkeypatch, image_folder, served):
     (tmp_path / "data").mkdir()
     image_folder(classes=("cat", "dog"), size=(32, 32)).rename(tmp_path / "data" / "images")
     np.savez(tmp_path / "data" / "signals.npz", x=np.random.default_rng(0).normal(size=(40, 100)), y=np.arange(40) % 2)
+    for path in (f"data/fsdd/{split}/{digit}" for split in ("train", "test") for digit in (0, 1)):
+        (tmp_path / path).mkdir(parents=True)
+        for i in range(20):
+            wavfile.write(tmp_path / path / f"{i}.wav", 8000, np.full(500, i, np.int16))
     rows = [f"{('good', 'bad')[i % 2]} film {i},{i % 2}" for i in range(40)]
     (tmp_path / "data" / "texts.csv").write_text("\n".join(["text,label", *rows]))
     for split in ("train", "test"):

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from scipy.fft import dct
 from scipy.io import wavfile
 
 from ff_lightning import data
@@ -109,6 +110,30 @@ def test_wav_files_of_each_depth_give_the_same_signal(kind, folder):
     np.testing.assert_allclose(found, x[order].transpose(0, 2, 1), atol=1 / 128 if kind == "uint8" else 1e-4)
 
 
+def test_coefficients_are_those_of_another_library_and_take_the_place_of_the_signal(folder):
+    audio = pytest.importorskip("transformers").audio_utils
+    signals = [
+        np.random.default_rng(i).integers(-9000, 9000, (900 + 300 * (i % 3), 2)).astype(np.int16) for i in range(20)
+    ]
+    root = folder(signals, ["ab"[i % 2] for i in range(20)])
+    module = ready(root, mfcc=5, test_fraction=0.2)
+    bands = audio.mel_filter_bank(201, 64, 0, 4000, 8000)
+    for split, samples in ((module.train_set, module._train), (module.test_set, module._test)):
+        for found, path in zip(inputs_of(split), samples.rows[split.numbers], strict=True):
+            both = [
+                dct(audio.spectrogram(channel / 2**15, audio.window_function(400), 400, 200, mel_filters=bands, power=2,
+                                      pad_mode="constant", log_mel="dB", db_range=80).T, norm="ortho").T[:5]
+                for channel in signals[int(path[-7:-4])].T
+            ]  # fmt: skip
+            mean, std = (np.array(values)[:, None] for values in module.statistics)
+            expected = (np.concatenate(both) - mean) / std
+            np.testing.assert_allclose(found[:, : expected.shape[1]], expected, atol=1e-3)
+            assert not found[:, expected.shape[1] :].any()
+    assert module.input_shape == (10, 8)
+    with pytest.raises(ValueError, match="mfcc=65: must be at most 64"):
+        data.Signals(root, mfcc=65)
+
+
 def test_files_for_each_split_and_other_files_are_passed_over(folder, caplog, tmp_path):
     x, y = tones(count=20)
     x, names = x[:, 0], [f"{'ab'[k]}" for k in y]
@@ -151,6 +176,8 @@ X, Y = tones()
         ({"x": X, "y": np.full(40, np.nan)}, {"task": "regression"}, r"signal 0: y must be finite, it is nan"),
         ({"x": X, "y": Y * 0}, {}, r"two or more classes, it holds \['0'\]"),
         ({"x": X, "y": Y}, {"length": 0}, "length=0: must be at least 1"),
+        ({"x": X, "y": Y}, {"mfcc": 0}, "mfcc=0: must be at least 1"),
+        ({"x": X, "y": Y}, {"mfcc": 9}, "mfcc=9: .*signals.npz has no sample rate: give folders of wav files"),
     ],
 )  # fmt: skip
 def test_arrays_that_are_not_as_they_should_be(arrays, arguments, message, write):

@@ -16,6 +16,7 @@ from ff_lightning.local.probes import accuracy, features_of, fit_probe
 
 SHAPE = {"input_shape": (1, 8, 8)}
 CONV = {"channels": [6, 8], "kernels": [5, 3], "pools": ["max4", "avg2"], "readout_pools": [2, 1], **SHAPE}
+RECURRENT = {"widths": None, "recurrent": 6, "input_shape": (3, 5)}
 
 
 def make(**arguments):
@@ -91,6 +92,51 @@ def test_the_losses_of_a_network_are_those_of_a_plain_loop(pairs):
             for one, two in zip(gradients, torch.autograd.grad(found[k], list(layer.parameters())), strict=True)
         )
         plus, minus = ((each - each.mean(1, keepdim=True)).relu().detach() for each in (plus, minus))
+
+
+def one_by_one(cell, x):
+    """The outputs of one sample (F, T), step by step, (T, U)."""
+    state, found = torch.zeros(cell.hidden_size), []
+    for t in range(x.shape[1]):
+        inputs, states = cell.weight_ih @ x[:, t] + cell.bias_ih, cell.weight_hh @ state + cell.bias_hh
+        found.append((inputs + states).relu())
+        state = by_hand(found[-1].detach()[None])[0]
+    return torch.stack(found)
+
+
+def test_the_loss_of_a_recurrent_layer_is_that_of_a_plain_loop():
+    model = make(**RECURRENT, lam=0.3)
+    (layer,) = model.net.layers
+    x = torch.randn(4, 3, 5)
+    torch.manual_seed(1)
+    ((_, found),) = model.net.local_losses(x)
+    torch.manual_seed(1)
+    other = x.roll(int(torch.randint(1, 4, ())), 0)
+    plus, minus = (
+        torch.stack([
+            torch.cat([one_by_one(layer.forth, each), one_by_one(layer.back, each.flip(1)).flip(0)], 1)
+            for each in total
+        ]).square().mean(2)
+        for total in (x + x, x + other)
+    )  # fmt: skip
+    loss = F.softplus(0 - plus).mean() + F.softplus(minus - 1).mean() + 0.3 * plus.norm(dim=1).mean()
+    torch.testing.assert_close(found, loss)
+    parameters = list(layer.parameters())
+    for one, two in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(found, parameters), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_recurrent_layer_passes_no_gradient_through_time_and_stops_where_a_sample_ends():
+    model = make(**RECURRENT)
+    (layer,) = model.net.layers
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x)[:, :, 2].sum(), x)
+    assert gradient.abs().sum((0, 1)).gt(0).tolist() == [False, False, True, False, False]
+    seen = model.representation(x)
+    for number, one in enumerate(2 * x):
+        ends = torch.stack([one_by_one(layer.forth, one)[-1], one_by_one(layer.back, one.flip(1))[-1]])
+        torch.testing.assert_close(seen[number], by_hand(ends).flatten())
+    torch.testing.assert_close(model.representation(F.pad(x, (0, 3))), seen)
 
 
 def test_no_gradient_crosses_a_border():
@@ -191,19 +237,21 @@ def test_the_file_is_read_again(make_trainer, digits, tmp_path):
     assert (again.net.thresholds, again.rates) == ([[1.0, 2.0], [3.0, 4.0]], [0.01, 0.02])
 
 
-@pytest.mark.parametrize("optimization", ["manual", "automatic"])
-def test_labels_are_not_looked_at(optimization, make_trainer):
-    x = torch.randn(30, 1, 8, 8)
+@pytest.mark.parametrize(
+    ("optimization", "arguments"), [("manual", {}), ("automatic", {}), ("manual", RECURRENT), ("automatic", RECURRENT)]
+)
+def test_labels_are_not_looked_at(optimization, arguments, make_trainer):
+    x = torch.randn(30, *arguments.get("input_shape", (1, 8, 8)))
     ends = []
     for samples in (x, [(image, -1.5) for image in x]):
-        model = make(optimization=optimization)
+        model = make(optimization=optimization, **arguments)
         trainer = make_trainer(limit_train_batches=1.0)
         loader = DataLoader(samples, batch_size=10)
         trainer.fit(model, loader, loader)
         assert "val/loss" in trainer.callback_metrics
         assert "val/loss" not in (trainer.test(model, loader, verbose=False)[0])
         ends.append(weights(model))
-        assert torch.cat(trainer.predict(model, loader)).shape == (20, 36)
+        assert torch.cat(trainer.predict(model, loader)).shape == (20, 12 if arguments else 36)
     assert_same(*ends)
 
 
@@ -226,12 +274,13 @@ def test_a_single_sample_that_is_left_over_changes_nothing(optimization, accumul
     assert_same(*ends)
 
 
-def test_a_batch_of_one_has_nothing_to_be_compared_with(make_trainer):
-    loader = DataLoader(torch.randn(4, 1, 8, 8), batch_size=1)
+@pytest.mark.parametrize("arguments", [{}, RECURRENT])
+def test_a_batch_of_one_has_nothing_to_be_compared_with(arguments, make_trainer):
+    loader = DataLoader(torch.randn(4, *arguments.get("input_shape", (1, 8, 8))), batch_size=1)
     with pytest.raises(ValueError, match="the batch holds one: give another batch_size"):
-        make_trainer().fit(make(), loader)
+        make_trainer().fit(make(**arguments), loader)
     with pytest.raises(ValueError, match="the batch holds one: give another batch_size"):
-        make_trainer().validate(make(), loader, verbose=False)
+        make_trainer().validate(make(**arguments), loader, verbose=False)
 
 
 def test_it_learns_without_labels(make_trainer):
@@ -274,6 +323,10 @@ def test_it_learns_without_labels(make_trainer):
         ({**CONV, "widths": None, "kernels": 17}, r"input_shape=\(1, 8, 8\) does not fit the layers"),
         ({**CONV, "widths": None, "input_shape": (20,)}, r"input_shape=\(20,\) does not fit the layers"),
         ({"views": "shifts", "input_shape": (20,)}, "views='shifts' moves images"),
+        ({**RECURRENT, "input_shape": (3,)}, r"input_shape=\(3,\): recurrent=6 needs samples \(features, steps\)"),
+        ({**RECURRENT, "recurrent": 0}, "recurrent=0: must be at least 1"),
+        ({**RECURRENT, "widths": [4]}, r"widths=\[4\] and recurrent=6: give one of them"),
+        ({**RECURRENT, "views": "shifts"}, "views='shifts' moves images"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

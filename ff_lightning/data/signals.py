@@ -1,4 +1,4 @@
-"""Signals over time: arrays of an npz file, or wav files, as (C, T).
+"""Signals over time: arrays of an npz file, or wav files, as (C, T), or as coefficients over steps of time.
 
 Shapes: N signals, C channels, T samples of a channel over time.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from ff_lightning.data.columns import as_name
 from ff_lightning.data.listing import class_files
 from ff_lightning.data.memory import FileData, Samples
+from ff_lightning.data.mfcc import FILTERS, mfcc
 from ff_lightning.data.splits import Targets
 from ff_lightning.training.plain import to_plain
 from ff_lightning.util.arguments import check_whole
@@ -80,6 +81,8 @@ class Signals(FileData):
         train: An npz file with the arrays ``x`` (N, T) or (N, C, T) and ``y``: classes (N,), zeros and ones (N, K), or
             numbers (N,) or (N, K), as `task` says. Or a folder with a folder of wav files for each class.
         length: T; None: that of the longest signal of the training split.
+        mfcc: Coefficients (MFCC) of each step of 25 ms of a wav file, 64 at most. A sample is then (C * mfcc, steps),
+            and `length` counts steps. None: the signal itself.
         kwargs: val, test, test_fraction, task, batch_size, val_fraction, seed, ...; see `FileData` and `DataModule`.
 
     Attributes:
@@ -93,16 +96,21 @@ class Signals(FileData):
 
     sample_rate: int | None = None
 
-    def __init__(self, train: str, length: int | None = None, **kwargs: Any) -> None:
-        length = to_plain(length)
+    def __init__(self, train: str, length: int | None = None, mfcc: int | None = None, **kwargs: Any) -> None:
+        length, mfcc = to_plain((length, mfcc))
         check_whole("length", length, optional=True)
-        self.length = length
+        check_whole("mfcc", mfcc, optional=True)
+        if mfcc and mfcc > FILTERS:
+            raise ValueError(f"mfcc={mfcc}: must be at most {FILTERS}")
+        self.length, self.mfcc = length, mfcc
         super().__init__(train=train, **kwargs)
 
     def read_file(self, path: str) -> Samples:
         """All signals of a file or folder."""
         if Path(path).expanduser().is_dir():
             return self._read_folder(path)
+        if self.mfcc:
+            raise ValueError(f"mfcc={self.mfcc}: {path} has no sample rate: give folders of wav files")
         return _read_npz(path, self.task)
 
     def make_encoder(self) -> SignalEncoder:
@@ -122,6 +130,8 @@ class Signals(FileData):
                     f"{printable(file)}: has a sample rate of {rate} Hz, others have {self.sample_rate}: resample them "
                     "to one rate"
                 )
+            if self.mfcc:
+                signals[i] = np.concatenate([mfcc(channel, rate, self.mfcc) for channel in signals[i]])
         return Samples(signals, np.array(names, object), path, np.array([printable(file) for file in files], object))
 
 

@@ -120,6 +120,50 @@ class ContrastLayer(nn.Module):
         return standardised(pooled).flatten(1)
 
 
+class RecurrentLayer(nn.Module):
+    """Units that go along the steps of a sample (F, T), and others that go back: C = 2 U outputs at each step.
+
+    What a step hands to the next one is standardised and detached: no gradient goes through time. A step of zeros is
+    one behind the end of the sample, and holds the output.
+
+    Args:
+        features: F.
+        units: U of each direction.
+    """
+
+    def __init__(self, features: int, units: int) -> None:
+        super().__init__()
+        self.forth, self.back = (nn.RNNCell(features, units, nonlinearity="relu") for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs for pairs of a sample with itself, (B, F, T) -> (B, C, T)."""
+        return self.of_pairs(x, x)
+
+    def of_pairs(self, one: Tensor, other: Tensor) -> Tensor:
+        """``relu(W (a + a') + V state + b)`` at each step, (B, C, T)."""
+        total = one + other
+        return torch.cat([_along(self.forth, total), _along(self.back, total.flip(2)).flip(2)], 1)
+
+    def output(self, y: Tensor) -> Tensor:
+        """Detached."""
+        return y.detach()
+
+    def for_readout(self, h: Tensor) -> Tensor:
+        """The last output of each direction, standardised, (B, C)."""
+        forth, back = h.chunk(2, 1)
+        return torch.cat([standardised(forth[..., -1]), standardised(back[..., 0])], 1)
+
+
+def _along(cell: nn.RNNCell, x: Tensor) -> Tensor:
+    """The outputs of all steps, (B, F, T) -> (B, U, T)."""
+    y, found = x.new_zeros(len(x), cell.hidden_size), []
+    for step in x.unbind(2):
+        state = y.detach()
+        y = torch.where(step.any(1, keepdim=True), cell(step, standardised(state)), state)
+        found.append(y)
+    return torch.stack(found, 2)
+
+
 class ContrastNet(nn.Module):
     """A network that learns without labels, layer by layer: no gradient crosses a border.
 
@@ -145,7 +189,7 @@ class ContrastNet(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[ContrastLayer],
+        layers: Sequence[ContrastLayer | RecurrentLayer],
         input_shape: Sequence[int],
         thresholds: Sequence[Sequence[float]] | None = None,
         lam: Sequence[float] | float = 0.0,
@@ -185,7 +229,7 @@ class ContrastNet(nn.Module):
         """
         if len(x) < 2:
             raise ValueError("SCFF sets each sample beside another one, the batch holds one: give another batch_size")
-        layers = cast(Sequence[ContrastLayer], self.layers)
+        layers = cast(Sequence[ContrastLayer | RecurrentLayer], self.layers)
         wanted = self.trained if torch.is_grad_enabled() else frozenset(range(len(layers)))
         positive, other = self.views(x)
         negative = positive
@@ -214,7 +258,7 @@ class ContrastNet(nn.Module):
     def layer_features(self, x: Tensor) -> list[Tensor]:
         """The same of each layer by itself."""
         features = []
-        for layer in cast(Sequence[ContrastLayer], self.layers):
+        for layer in cast(Sequence[ContrastLayer | RecurrentLayer], self.layers):
             x = layer.output(layer(x))
             features.append(layer.for_readout(x))
         return features
@@ -248,6 +292,18 @@ def dense_layers(inputs: int, widths: Sequence[int], activation: str = "triangle
     for width in widths:
         check_whole("widths", width)
     return [ContrastLayer(nn.Linear(a, b), activation) for a, b in pairwise([inputs, *widths])]
+
+
+def recurrent_layers(input_shape: Sequence[int], units: int) -> list[RecurrentLayer]:
+    """One recurrent layer of so many units in each direction.
+
+    Raises:
+        ValueError: If an argument is out of its range, or samples are not (F, T).
+    """
+    check_whole("recurrent", units)
+    if len(input_shape) != 2:
+        raise ValueError(f"input_shape={tuple(input_shape)}: recurrent={units} needs samples (features, steps)")
+    return [RecurrentLayer(input_shape[0], units)]
 
 
 def convolutional_layers(

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable
 from torch import Tensor
 
-from ff_lightning.local.contrast import ContrastNet, convolutional_layers, dense_layers
+from ff_lightning.local.contrast import ContrastNet, convolutional_layers, dense_layers, recurrent_layers
 from ff_lightning.local.updates import Update
 from ff_lightning.modules.base import LocalLearner
 from ff_lightning.tasks import Task, TaskName
@@ -31,8 +31,9 @@ class SCFF(LocalLearner):
     docs/methods/scff.md.
 
     Args:
-        widths: Units of each layer of a dense network; None: 1000, 1000, unless there are `channels`.
+        widths: Units of each layer of a dense network; None: 1000, 1000, unless there is one of the next two.
         channels: Channels of each layer of a convolutional network.
+        recurrent: Units (relu) in each direction of one recurrent layer over the steps of samples (features, steps).
         kernels: Sides of the kernels: one for all layers or a list; likewise for the following arguments.
         pools: Pooling after a convolution: ``"max4"`` (the maximum over 4 x 4 positions, stride 2), ``"avg2"``, ..., or
             ``"none"``.
@@ -40,7 +41,7 @@ class SCFF(LocalLearner):
         num_classes: K, for probes. The command line takes it from the data.
         input_shape: Of a sample; None: (3, 32, 32). The command line takes it from the data.
         thresholds: Two for each layer, for the goodness of positive and of negative pairs: the mean over the channels
-            of ``relu(y) ** 2``. None: 4 and 6 for a layer that sees pairs, 1 and 1 for others.
+            of ``relu(y) ** 2``. None: 4 and 6 for a layer that sees pairs, 1 and 1 for others, 0 and 1 if `recurrent`.
         lam: Weight of the norm of the goodness of positive pairs.
         pairs: For each layer, whether it sees new pairs, or the output of the layer below for its pairs. The first
             layer sees pairs. None: only the first does.
@@ -66,6 +67,7 @@ class SCFF(LocalLearner):
         self,
         widths: list[int] | None = None,
         channels: list[int] | None = None,
+        recurrent: int | None = None,
         kernels: list[int] | int = 3,  # lists first: the command line takes the first type that fits
         pools: list[str] | str = "max2",
         readout_pools: list[int] | int = 1,
@@ -83,12 +85,13 @@ class SCFF(LocalLearner):
         task: TaskName | Callable[[], Task] | None = None,
         **kwargs: Any,
     ) -> None:
-        widths, channels, kernels, pools = to_plain((widths, channels, kernels, pools))
+        widths, channels, recurrent, kernels, pools = to_plain((widths, channels, recurrent, kernels, pools))
         readout_pools, thresholds, lam, pairs = to_plain((readout_pools, thresholds, lam, pairs))
         epochs, lr, weight_decay = to_plain((epochs, lr, weight_decay))
-        if widths is not None and channels is not None:
-            raise ValueError(f"widths={shown(widths)} and channels={shown(channels)}: give one of them")
-        count = len(channels or widths or [1000, 1000])
+        kinds = {"widths": widths, "channels": channels, "recurrent": recurrent}
+        if len(given := [f"{name}={shown(value)}" for name, value in kinds.items() if value is not None]) > 1:
+            raise ValueError(f"{' and '.join(given)}: give one of them")
+        count = 1 if recurrent is not None else len(channels or widths or [1000, 1000])
         rates = for_each("lr", lr, count, partial(check_number, above=0))
         super().__init__(
             num_classes=num_classes, input_shape=input_shape, task="Unlabelled", lr=rates[0],
@@ -96,10 +99,13 @@ class SCFF(LocalLearner):
         )  # fmt: skip
         self.rates = rates
         self.decays = for_each("weight_decay", weight_decay, count, partial(check_number, least=0))
-        if not channels:
-            layers = dense_layers(torch.Size(self.input_shape).numel(), widths or [1000, 1000], activation)
-        else:
+        layers: list[Any]
+        if recurrent is not None:
+            layers, thresholds = recurrent_layers(self.input_shape, recurrent), thresholds or [[0.0, 1.0]]
+        elif channels:
             layers = convolutional_layers(self.input_shape[0], channels, kernels, pools, readout_pools, activation)
+        else:
+            layers = dense_layers(torch.Size(self.input_shape).numel(), widths or [1000, 1000], activation)
         self.net = ContrastNet(layers, self.input_shape, thresholds, lam, pairs, views)
         self.epochs = None if epochs is None else for_each("epochs", epochs, count, check_whole)
         if epochs is not None and lr_scheduler in ("cosine", "onecycle", "cooldown"):
