@@ -1,6 +1,6 @@
 """python -m ff_lightning: the command ff-lightning."""
 
-from ff_lightning.cli import main
+from ff_lightning.commands.start import main
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,6 @@
-"""The command ff-lightning: LightningCLI over the models and data modules of this package."""
+"""The commands fit, validate, test and predict: LightningCLI over the models and data modules of this package."""
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,27 +15,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ff_lightning import __version__
 from ff_lightning.callbacks import BestCheckpoint, BlockTable, Charts, LastCheckpoint, Pictures, TimeLeft
 from ff_lightning.callbacks.table import LogShortEpochs
-from ff_lightning.commands.answers import check_configs, end, in_one_line, of_parser, process_as_it_was, subclasses
+from ff_lightning.commands.answers import check_configs, end, of_parser, subclasses
 from ff_lightning.commands.ckpt_path import find_checkpoint, found_root, read_checkpoint
-from ff_lightning.commands.completion import main as completion
+from ff_lightning.commands.classes import asked_class
 from ff_lightning.commands.composing import OF_ONE_SET, compose, names
-from ff_lightning.commands.exits import main as exits
-from ff_lightning.commands.export import main as export
-from ff_lightning.commands.predict import is_of_files
-from ff_lightning.commands.predict import main as predict
-from ff_lightning.commands.probe import main as probe
 from ff_lightning.commands.recorded import recorded
-from ff_lightning.commands.sheet import main as sheet
-from ff_lightning.commands.start import COMMANDS, EPOCHS, help_of, init
+from ff_lightning.commands.start import EPOCHS
+from ff_lightning.commands.start import main as main
 from ff_lightning.heads import GoodnessHead, LookAhead, PooledHead
 from ff_lightning.modules import LocalLearner
 from ff_lightning.tasks import task_of_name
 from ff_lightning.training.checkpoint_io import is_remote
 from ff_lightning.training.trust import check_stored, named_class
-from ff_lightning.util.suggest import closest
 
 _DEFAULT_DATA = "ff_lightning.data.Digits"
 _FROM_DATA = ("num_classes", "input_shape", "vocabulary", "task")
@@ -221,65 +213,37 @@ def _check_same_method(path: str, asked: str, stored: str) -> None:
         )
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    **{"sheet": sheet, "exits": exits, "export": export, "init": init, "probe": probe},
-    "completion": lambda args: completion(args, main, [*COMMANDS, *_COMMANDS]),
-}
-
-
-def _own_command(given: Sequence[str]) -> Callable[[Sequence[str]], None] | None:
-    """What runs without the Trainer, and so is no subcommand of LightningCLI."""
-    if is_of_files(given):
-        return predict
-    known = [*COMMANDS, *_COMMANDS]
-    if given and not given[0].startswith("-") and given[0] not in known:
-        text = f"{given[0]!r} is no command: known are {', '.join(known)}{closest(given[0], known)}"
-        end(text, "ff-lightning --help")
-    return _COMMANDS.get(given[0]) if given else None
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run a command: fit, validate, test, predict, exits, export, probe, sheet, init or completion.
+def run(given: Sequence[str]) -> None:
+    """Run a command of the Trainer.
 
     Args:
-        args: What follows ``ff-lightning`` on the command line. None: the command line of the process.
+        given: What follows ``ff-lightning`` on the command line.
     """
-    given = sys.argv[1:] if args is None else list(args)
-    with process_as_it_was(), in_one_line():
-        sys.path.append(os.getcwd())  # the user's own classes; last, or a file there could stand for a package
-        own = _own_command(given)
-        if own is not None:
-            own(given[1:])
-            return
-        text = help_of(given, subclasses(LocalLearner, LightningDataModule))
-        if text is not None:
-            print(text)
-            return
-        given = ["--help" if argument == "--help_all" else argument for argument in given]
-        check_configs(given)
-        CLI.command = recorded(given)
-        given = compose(given)
-        _Parser.given = given
-        tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-        tips.addFilter(lambda record: "Tip:" not in str(record.msg))
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-        warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")  # see LogShortEpochs
-        # each test writes a folder of its own
-        warnings.filterwarnings("ignore", message="The dirpath has changed from")
-        CLI(
-            LocalLearner,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            trainer_defaults={"callbacks": [BlockTable()], "enable_model_summary": False},
-            save_config_kwargs={"overwrite": True},
-            parser_class=_Parser,
-            parser_kwargs={
-                "version": __version__,
-                "epilog": f"Without the Trainer: {', '.join(_COMMANDS)}, and predict --data.root FOLDER",
-            },
-            args=given,
-        )
+    text = asked_class(given, subclasses(LocalLearner, LightningDataModule))
+    if text is not None:
+        print(text)
+        return
+    given = ["--help" if argument == "--help_all" else argument for argument in given]
+    check_configs(given)
+    CLI.command = recorded(given)
+    given = compose(given)
+    _Parser.given = given
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    tips.addFilter(lambda record: "Tip:" not in str(record.msg))
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")  # see LogShortEpochs
+    # each test writes a folder of its own
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    CLI(
+        LocalLearner,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        trainer_defaults={"callbacks": [BlockTable()], "enable_model_summary": False},
+        save_config_kwargs={"overwrite": True},
+        parser_class=_Parser,
+        args=given,
+    )

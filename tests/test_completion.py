@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from ff_lightning import cli, data, modules
-from ff_lightning.commands.start import COMMANDS
+from ff_lightning.commands.start import COMMANDS, OF_TRAINER
 from tests.trained import run
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="it is a script for bash")
@@ -34,11 +34,11 @@ def complete(script):
 
 
 def test_commands(complete):
-    assert set(complete("")) == {*COMMANDS, *cli._COMMANDS}
+    assert set(complete("")) == set(COMMANDS)
     assert complete("ex") == ["exits", "export"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_TRAINER)
 def test_every_option_of_the_parser_is_completed(command, complete):
     parser = cli._Parser.commands[command]
     groups = ("model.", "data.")  # of the default classes; see below
@@ -59,7 +59,7 @@ def test_options_of_the_class_that_was_asked_for(complete):
 def test_options_of_commands_without_the_trainer(complete):
     assert complete("predict", "--o") == ["--out", "--overwrite"]
     assert complete("probe", "--") == ["--help", "--ckpt_path", "--data.root", "--decays", "--seed", "--no_test"]
-    for command in cli._COMMANDS:
+    for command in set(COMMANDS) - set(OF_TRAINER):
         assert "--help" in complete(command, "--")
 
 

@@ -16,8 +16,7 @@ from ff_lightning.benchmark import throughput
 from ff_lightning.cli import main
 from ff_lightning.commands import sheet
 from ff_lightning.commands.answers import PlainParser
-from ff_lightning.commands.predict import is_of_files
-from ff_lightning.commands.start import COMMANDS
+from ff_lightning.commands.start import OF_TRAINER, is_of_files
 from tests.pages import MYPACKAGE, PAGES, ROOT, code, commands, name_of
 from tests.test_cli import QUICK
 
@@ -82,7 +81,7 @@ def parse_command(module, args):
             benchmark.main(args)
     else:
         shown = {"--help", "--model.help", "--data.help", "--print_config"} & set(args)
-        of_trainer = args[:1] and args[0] in COMMANDS and not is_of_files(args)
+        of_trainer = args[:1] and args[0] in OF_TRAINER and not is_of_files(args)
         try:
             main([*args, "--print_config"] if of_trainer and not shown else args)
         except Parsed:

@@ -1,10 +1,12 @@
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
 
-from ff_lightning import SFF, LocalLearner, LocalNet
+from ff_lightning import SFF, LocalLearner, LocalNet, __version__
 from ff_lightning.callbacks.table import kept_per_image
 from ff_lightning.commands.answers import subclasses
 from ff_lightning.commands.start import EPOCHS
@@ -80,6 +82,23 @@ def test_a_run_without_a_number_of_epochs_is_short(tmp_path, monkeypatch, caplog
     run("fit", *SMALL, "--trainer.max_steps", EPOCHS + 3)
     last = max(tmp_path.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
     assert torch.load(last, weights_only=True)["global_step"] == EPOCHS + 3, "one step in an epoch, and more epochs"
+
+
+def test_short_answers_do_not_wait_for_lightning(tmp_path):
+    code = """
+import contextlib, sys
+from ff_lightning.__main__ import main
+for args in ([], ["--help"], ["--version"], ["init"], ["test", "--help"], ["exits", "--help"], ["predict"], ["tets"]):
+    with contextlib.suppress(SystemExit):
+        main(args)
+print("slow" if "lightning" in sys.modules else "quick")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.endswith("quick\n"), done
+    assert (tmp_path / "config.yaml").is_file()
+    assert f"ff-lightning {__version__}\n" in done.stdout
+    assert "error: the following arguments are required: --ckpt_path, --data.root" in done.stderr
+    assert "error: 'tets' is no command" in done.stderr
 
 
 def test_a_command_that_is_not_known():

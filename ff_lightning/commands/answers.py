@@ -69,10 +69,8 @@ def in_one_line() -> Iterator[None]:
 
 def _refusal(error: BaseException) -> str | None:
     """What was refused on purpose, by this package or by Lightning, or by the file system; None: a bug."""
-    import lightning  # here, since not every command needs it, and it takes seconds
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    folders = (Path(__file__).parents[1], Path(lightning.__file__).parent)  # all of this package
+    packages = (sys.modules.get(name) for name in ("ff_lightning", "lightning"))  # not every command needs the latter
+    folders = [Path(str(package.__file__)).parent for package in packages if package is not None]
 
     def on_purpose(file: str, line: str) -> bool:
         return line.startswith("raise") and any(Path(file).is_relative_to(folder) for folder in folders)
@@ -83,7 +81,7 @@ def _refusal(error: BaseException) -> str | None:
         frames = traceback.extract_tb(found.__traceback__)
         if isinstance(found, _REFUSALS) and frames and on_purpose(frames[-1].filename, frames[-1].line or ""):
             return str(found)
-        if isinstance(found, MisconfigurationException):
+        if type(found).__name__ == "MisconfigurationException":  # of Lightning
             return str(found)
         frames_there = re.findall(r'File "(.*?)", line \d+, in .*\n +(.*)', str(found))
         if isinstance(found, _REFUSALS) and "DataLoader worker" in str(found) and frames_there:  # as text, from there

@@ -3,7 +3,8 @@
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
 from inspect import Parameter, signature
 from typing import Any, Literal, get_args, get_origin
 
@@ -11,8 +12,9 @@ from lightning.pytorch import Trainer
 
 from ff_lightning import __version__, data, modules
 from ff_lightning.backbones.build import known_names
-from ff_lightning.commands.answers import PlainParser
-from ff_lightning.commands.start import COMMANDS, arguments_of
+from ff_lightning.commands.classes import arguments_of
+from ff_lightning.commands.start import COMMANDS, OF_TRAINER
+from ff_lightning.commands.start import main as run
 
 _BASES = ("LocalLearner", "DataModule", "ImageData")
 _SCRIPT = """\
@@ -54,30 +56,23 @@ complete -o default -F _ff_lightning ff-lightning
 """
 
 
-def main(args: Sequence[str], run: Callable[[Sequence[str]], None], commands: Sequence[str]) -> None:
+def main(settings: Namespace) -> None:
     """Print a script for the shell. Its words are those of today: it starts no Python when it is asked.
 
     Args:
-        args: What follows ``ff-lightning completion`` on the command line.
-        run: Runs a command line: the options of a command are those that its help lists.
-        commands: Names of all commands.
+        settings: None.
     """
-    PlainParser(
-        prog="ff-lightning completion",
-        description="Print a script by which bash completes commands, options, names of classes and other values.",
-        epilog="To use it: ff-lightning completion > ~/.local/share/bash-completion/completions/ff-lightning",
-    ).parse_args(args)
-    print(script(run, commands), end="")
+    print(script(), end="")
 
 
-def script(run: Callable[[Sequence[str]], None], commands: Sequence[str]) -> str:
-    """The script; see `main`."""
+def script() -> str:
+    """The script; the options of a command are those that its help lists."""
     options, values = {}, {"--ckpt_path": ["last", "best"], "--model.backbone": known_names()}
-    for command in commands:
-        text = _help(run, command, "--help_all") + "  --help_all\n" if command in COMMANDS else ""
-        if command not in COMMANDS or command == "predict":  # which is one of the Trainer and one of files
-            text += _help(run, command, "--help")
-        options[command] = re.findall(r"^ +(?:-\w, )?(--[\w.]+)", text, re.MULTILINE)
+    for command in COMMANDS:
+        text = _help(command, "--help_all") + "  --help_all\n" if command in OF_TRAINER else ""
+        if command not in OF_TRAINER or command == "predict":  # which is one of the Trainer and one of files
+            text += _help(command, "--help")
+        options[command] = ["--help", *re.findall(r"^ +(?:-\w, )?(--[\w.]+)", text, re.MULTILINE)]
         values |= {option: choices.split(",") for option, choices in re.findall(r"(--\w+) \{([\w,]+)\}", text)}
     of_part: dict[str, dict[str, list[str]]] = {}
     for part, module in (("model", modules), ("data", data)):
@@ -90,7 +85,7 @@ def script(run: Callable[[Sequence[str]], None], commands: Sequence[str]) -> str
     values |= {f"--trainer.{name}": words for name, words in _choices(signature(Trainer).parameters.values())}
     parts = {
         "VERSION": __version__,
-        "COMMANDS": " ".join(commands),
+        "COMMANDS": " ".join(COMMANDS),
         "OPTIONS": _cases(options, 6),
         "MODEL": _cases(of_part["model"], 8),
         "DATA": _cases(of_part["data"], 8),
@@ -99,7 +94,7 @@ def script(run: Callable[[Sequence[str]], None], commands: Sequence[str]) -> str
     return re.sub("|".join(parts), lambda found: parts[found[0]], _SCRIPT)
 
 
-def _help(run: Callable[[Sequence[str]], None], command: str, option: str) -> str:
+def _help(command: str, option: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
         run([command, option])
     return out.getvalue()

@@ -1,5 +1,6 @@
 """``ff-lightning exits``: what early exit saves, and what it costs."""
 
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ff_lightning.commands.answers import PlainParser, as_path
 from ff_lightning.commands.ckpt_path import checkpoint_at, data_of
 from ff_lightning.drawing.figure import new_figure, save
 from ff_lightning.inference import load
@@ -31,25 +31,15 @@ class Point(NamedTuple):
     """Multiplications with additions for a sample, as a share of those of all blocks."""
 
 
-def main(args: Sequence[str]) -> None:
+def main(settings: Namespace) -> None:
     """Print the error and the cost of each depth and of each rule, and draw them.
 
     Args:
-        args: What follows ``ff-lightning exits`` on the command line.
+        settings: See `ff_lightning.commands.parsers.exits`.
 
     Raises:
         ValueError: If the checkpoint names no data, or if its network cannot be left early.
     """
-    parser = PlainParser(
-        prog="ff-lightning exits",
-        description="Error against multiply-adds: each depth for all samples, and early exit by each rule. Thresholds "
-        "are set on the validation samples, errors are those of the test samples.",
-    )
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a trained model, or last, or best")
-    parser.add_argument("--data.root", dest="root", help="folder of the data; by itself: the one of the training")
-    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES), help="rules to try")
-    parser.add_argument("--out", type=as_path, help="picture to draw, such as exits.png")
-    settings = parser.parse_args(args)
     path = checkpoint_at(settings.ckpt_path)
     if settings.out:
         needs("matplotlib", "plot")

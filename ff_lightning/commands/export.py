@@ -1,5 +1,6 @@
 """``ff-lightning export``: a trained model as a file for use elsewhere."""
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -7,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ff_lightning.commands.answers import PlainParser, as_path
 from ff_lightning.commands.ckpt_path import checkpoint_at
 from ff_lightning.commands.predict import image_files
 from ff_lightning.inference import Predictor, export, load
@@ -17,23 +17,16 @@ COMPARED = 32
 """Images on which the export is compared with the original."""
 
 
-def main(args: Sequence[str]) -> None:
+def main(settings: Namespace) -> None:
     """Write an export, and say how far its scores are from those of the original.
 
     Args:
-        args: What follows ``ff-lightning export`` on the command line.
+        settings: See `ff_lightning.commands.parsers.export`.
 
     Raises:
         ValueError: If they are too far, or an argument does not fit.
         FileExistsError: If the file is there already.
     """
-    parser = PlainParser(prog="ff-lightning export", description="Write a trained model for use elsewhere.")
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a trained model, or last, or best")
-    parser.add_argument("--format", choices=WRITERS, default="onnx", help="safetensors holds the weights alone")
-    parser.add_argument("--out", type=as_path, help="file to write; by itself: beside the checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
-    parser.add_argument("--data.root", dest="root", help="images to compare the export with the original on")
-    settings = parser.parse_args(args)
     path = checkpoint_at(settings.ckpt_path)
     out = settings.out or Path(path).expanduser().with_suffix(WRITERS[settings.format][0])
     if out.exists() and not settings.overwrite:

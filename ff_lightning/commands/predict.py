@@ -3,6 +3,7 @@
 import csv
 import glob
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ff_lightning.commands.answers import PlainParser, as_path
 from ff_lightning.commands.ckpt_path import checkpoint_at
 from ff_lightning.data.images.folder import ENDINGS
 from ff_lightning.data.listing import files_below
@@ -27,38 +27,16 @@ MOST_NAMED = 10
 Row = list[Any]
 
 
-def is_of_files(args: Sequence[str]) -> bool:
-    """Whether a command line asks for the classes of files, and not for a data module in Lightning's own way."""
-    names = {arg.split("=")[0] for arg in args}
-    others = {"--data", "--config", "--print_config", "--help_all", "--seed_everything"}
-    of_trainer = any(name.startswith(("--trainer", "--model")) for name in names)
-    return args[:1] == ["predict"] and not names & others and not of_trainer
-
-
-def main(args: Sequence[str]) -> None:
+def main(settings: Namespace) -> None:
     """Classify images and write the table.
 
     Args:
-        args: What follows ``ff-lightning predict`` on the command line.
+        settings: See `ff_lightning.commands.parsers.predict`.
 
     Raises:
         ValueError: If there is no image, none can be read, or an argument does not fit.
         FileExistsError: If the table is there already.
     """
-    parser = PlainParser(
-        prog="ff-lightning predict",
-        description="Classify images with a trained model: a table of file, class and probability.",
-        epilog="With --data, --config or an option of trainer or model it is Lightning's own predict, over the test "
-        "samples of a data module; it writes no table.",
-    )
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint (or last, or best) or export of a model")
-    parser.add_argument("--data.root", dest="root", required=True, help="folder of images, one image, or a pattern")
-    parser.add_argument("--out", type=as_path, default="predictions.csv", help="table to write: .csv or .parquet")
-    parser.add_argument("--overwrite", action="store_true", help="replace the table if it is there")
-    parser.add_argument("--scores", action="store_true", help="also a column of scores for each class")
-    parser.add_argument("--batch_size", type=int, default=64, help="images that run at once")
-    parser.add_argument("--device", default=None, help="such as cpu or cuda; by itself: cuda where there is one")
-    settings = parser.parse_args(args)
     check_whole("batch_size", settings.batch_size)
     files = image_files(settings.root)
     check_out(settings.out, settings.overwrite)

@@ -1,27 +1,42 @@
-"""Where a user begins: three examples, help on one screen, and a config to start from."""
+"""The command ff-lightning, up to where Lightning is needed: to import that takes seconds."""
 
-import inspect
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+import importlib
+import os
+import sys
+from collections.abc import Sequence
 
-import docstring_parser
-
-from ff_lightning.commands.answers import PlainParser, as_path, end
-from ff_lightning.util.files import replacing
+from ff_lightning import __version__
+from ff_lightning.commands.answers import end, in_one_line, process_as_it_was
+from ff_lightning.commands.parsers import PARSERS
 from ff_lightning.util.suggest import closest
 
-COMMANDS = ("fit", "validate", "test", "predict")
-"""Of the Trainer."""
+COMMANDS = {
+    "fit": "train",
+    "validate": "the figures of the validation samples",
+    "test": "the figures of the test samples",
+    "predict": "the classes of images in a folder",
+    "exits": "early exit: error against multiply-adds",
+    "probe": "the accuracy of linear read-outs, also of a method that learns without labels",
+    "export": "a model for use elsewhere: ONNX, torch.export, safetensors",
+    "sheet": "a picture of what a network sees of a data set",
+    "init": "a config to start from",
+    "completion": "what bash needs to complete commands and options",
+}
+OF_TRAINER = ("fit", "validate", "test", "predict")
+"""The commands that are Lightning's own; `predict` is so only in part, see `is_of_files`."""
 
-EXAMPLES = """\
-ff-lightning: train any network block by block, each block on its own loss, inside Lightning.
+EPOCHS = 10
+"""Of a run for which neither epochs, steps nor time are given."""
+
+_OVERVIEW = f"""\
+ff-lightning {__version__}: train any network block by block, each block on its own loss, inside Lightning.
 
   ff-lightning fit                                   a first run: three blocks on scans of digits, nothing to download
   ff-lightning init                                  write config.yaml, a config to start from
   ff-lightning predict --ckpt_path X --data.root F   the classes of the images in folder F, as predictions.csv
 
-Commands: fit, validate, test, predict, exits, export, probe, sheet, init, completion. Each has --help;
-ff-lightning --help lists global options.
+Commands, each with --help:
+{{}}
 """
 
 _OPTIONS = """\
@@ -55,113 +70,46 @@ _PICTURES = """\
 
 """
 
-TEMPLATE = """\
-# ff-lightning fit --config {name}
-# What is left out has its default; see: ff-lightning fit --config {name} --print_config
-seed_everything: 0
-trainer:
-  max_epochs: {epochs}
-  # precision: bf16-mixed      # on a GPU
-model:
-  class_path: SFF              # Backprop: the same network and recipe by backpropagation
-  init_args:
-    backbone: cnn              # resnet18, mobilenet_v3_small, timm/NAME, or class_path and init_args of your own
-    # stem: small              # for images of about 32 pixels
-    granularity: block         # layer, block, stage
-    lr: 0.005
-data:
-  class_path: Digits           # CIFAR10; ImageFolder for root/{{train,val,test}}/<class>/*; see docs/data.md
-  init_args:
-    # root: data
-    batch_size: 64
-"""
 
-EPOCHS = 10
-"""Of a run for which neither epochs, steps nor time are given."""
-
-
-def help_of(given: Sequence[str], classes: Mapping[str, type]) -> str | None:
-    """The help that a command line asks for, where that is one of these short ones.
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command: fit, validate, test, predict, exits, probe, export, sheet, init or completion.
 
     Args:
-        given: The command line.
-        classes: Models and data modules by name.
+        args: What follows ``ff-lightning`` on the command line. None: the command line of the process.
     """
-    if not given:
-        return EXAMPLES
-    if given[0] not in COMMANDS:
-        return None
-    if {"--help", "-h"} & set(given):
-        resumes = "go on with this run" if given[0] == "fit" else "the trained model"
-        epochs = f"{EPOCHS} if neither max_steps nor max_time is given"
-        pictures = _PICTURES if given[0] == "test" else ""
-        return _OPTIONS.format(command=given[0], ckpt_path=resumes, epochs=epochs, pictures=pictures)
-    for option in ("--model.help", "--data.help"):
-        name = _value_of(option, given)
-        if name is not None and name in classes:
-            return class_help(option.removesuffix(".help"), classes[name])
-        if name and "." not in name:
-            end(f"{option}={name!r} is not known{closest(name, classes)}", f"ff-lightning {given[0]} --help")
-    return None
+    given = sys.argv[1:] if args is None else list(args)
+    command = given[0] if given else "--help"
+    with process_as_it_was(), in_one_line():
+        sys.path.append(os.getcwd())  # the user's own classes; last, or a file there could stand for a package
+        if command in ("--help", "-h"):
+            print(_OVERVIEW.format("\n".join(f"  {name:10}  {what}" for name, what in COMMANDS.items())))
+        elif command == "--version":
+            print(f"ff-lightning {__version__}")
+        elif command in PARSERS and (command != "predict" or is_of_files(given)):
+            settings = PARSERS[command]().parse_args(given[1:])
+            importlib.import_module(f"ff_lightning.commands.{command}").main(settings)
+        elif command in OF_TRAINER and {"--help", "-h"} & set(given):
+            print(_options(command))
+        elif command == "sheet":
+            importlib.import_module("ff_lightning.commands.sheet").main(given[1:])
+        elif command not in COMMANDS and not command.startswith("-"):
+            text = f"{command!r} is no command: known are {', '.join(COMMANDS)}{closest(command, COMMANDS)}"
+            end(text, "ff-lightning --help")
+        else:
+            importlib.import_module("ff_lightning.cli").run(given)
 
 
-def _value_of(option: str, given: Sequence[str]) -> str | None:
-    for argument, following in zip(given, [*given[1:], ""], strict=True):
-        if argument == option:
-            return following
-        if argument.startswith(f"{option}="):
-            return argument.partition("=")[2]
-    return None
+def is_of_files(args: Sequence[str]) -> bool:
+    """Whether a command line asks for the classes of files, and not for a data module in Lightning's own way."""
+    names = {arg.split("=")[0] for arg in args}
+    others = {"--data", "--config", "--print_config", "--help_all", "--seed_everything"}
+    of_trainer = any(name.startswith(("--trainer", "--model")) for name in names)
+    return args[:1] == ["predict"] and not names & others and not of_trainer
 
 
-def class_help(option: str, cls: type) -> str:
-    """The arguments of a class with their defaults and what their docstrings say.
-
-    Examples:
-        >>> from ff_lightning.data import FakeImages
-        >>> class_help("--data", FakeImages).splitlines()[3:5]
-        ['  --data.images 1000', '      Number of training images; there are a quarter as many to test.']
-    """
-    lines = [f"{cls.__name__}: {docstring_parser.parse(inspect.getdoc(cls) or '').short_description}", "", "options:"]
-    for parameter, text in arguments_of(cls):
-        default = "(required)" if parameter.default is parameter.empty else str(parameter.default)
-        lines.append(f"  {option}.{parameter.name} {default}".rstrip())
-        lines += textwrap.wrap(" ".join(text.split()), 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join([*lines, "", "What stands behind an option is its default; classes go by name or import path."])
-
-
-def arguments_of(cls: type) -> Iterator[tuple[inspect.Parameter, str]]:
-    """The arguments of a class and those that it hands on, each with its description."""
-    seen = {"self"}
-    texts = {
-        parameter.arg_name: parameter.description or ""
-        for base in reversed(cls.__mro__)
-        for parameter in docstring_parser.parse(inspect.cleandoc(base.__doc__ or "")).params
-    }
-    for base in cls.__mro__:
-        parameters = [*inspect.signature(base).parameters.values()] if "__init__" in vars(base) else []
-        for parameter in parameters:
-            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name not in seen:
-                seen.add(parameter.name)
-                yield parameter, texts.get(parameter.name, "")
-        if parameters and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return
-
-
-def init(args: Sequence[str]) -> None:
-    """Write a config to start from.
-
-    Args:
-        args: What follows ``ff-lightning init`` on the command line.
-
-    Raises:
-        FileExistsError: If the file is there already.
-    """
-    parser = PlainParser(prog="ff-lightning init", description="Write a config to start from.")
-    parser.add_argument("file", type=as_path, nargs="?", default="config.yaml", help="to write; config.yaml")
-    path = as_path(str(parser.parse_args(args).file))
-    if path.exists():
-        raise FileExistsError(f"{path} is there already: give another name")
-    with replacing(path) as part:
-        part.write_text(TEMPLATE.format(name=path, epochs=EPOCHS), encoding="utf-8")
-    print(f"{path}: edit it, then: ff-lightning fit --config {path}")
+def _options(command: str) -> str:
+    """The options of a command of the Trainer that are needed most."""
+    resumes = "go on with this run" if command == "fit" else "the trained model"
+    epochs = f"{EPOCHS} if neither max_steps nor max_time is given"
+    pictures = _PICTURES if command == "test" else ""
+    return _OPTIONS.format(command=command, ckpt_path=resumes, epochs=epochs, pictures=pictures)
