@@ -36,6 +36,8 @@ def test_help_fits_on_a_screen(command):
     printed = run(command, "--help")
     assert f"ff-lightning {command}" in printed
     assert len(printed.splitlines()) < 60
+    assert ("--trainer.max_epochs" in printed) == (command == "fit")
+    assert "ImageData" not in printed
 
 
 def test_all_options_are_behind_a_flag():
@@ -47,6 +49,7 @@ def test_help_of_a_class_names_all_its_arguments():
     assert all(f"--model.{name} " in printed for name in ("backbone", "reach", "train_blocks", "lr", "clip_norm"))
     assert "torch.nn" not in printed
     assert "--data.image_size None" in run("fit", "--data.help=CIFAR10")
+    assert "--data.image_size None" in run("sheet", "--data.help", "CIFAR10")
     with pytest.raises(SystemExit, match=r"model\.help='SFFF' is not known; did you mean 'SFF'"):
         run("fit", "--model.help", "SFFF")
 

@@ -12,6 +12,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from ff_lightning.commands.answers import end, of_parser, subclasses
+from ff_lightning.commands.classes import asked_class
 from ff_lightning.data.images.base import ImageData
 from ff_lightning.data.loaders import EpochSampler
 
@@ -25,17 +26,21 @@ class _Parser(ArgumentParser):
         end(of_parser(message, [], options, subclasses(ImageData)), "ff-lightning sheet --help")
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(given: Sequence[str]) -> None:
     """Write the contact sheet of a data module, and print the number of images of each class and split.
 
     Args:
-        args: What follows ``ff-lightning sheet`` on the command line.
+        given: What follows ``ff-lightning`` on the command line.
     """
-    parser = _Parser(prog="ff-lightning sheet", description="Augmented training images with their classes.")
+    text = asked_class(given, subclasses(ImageData))
+    if text is not None:
+        print(text)
+        return
+    parser = _Parser(prog="ff-lightning sheet")
     parser.add_subclass_arguments(ImageData, "data", default={"class_path": "ff_lightning.data.Digits"})
-    parser.add_argument("--out", type=str, default="sheet.png", help="the picture to write")
-    parser.add_argument("--rows", type=PositiveInt, default=4, help="rows of eight images")
-    settings = parser.parse_args(args)
+    parser.add_argument("--out", type=str, default="sheet.png")
+    parser.add_argument("--rows", type=PositiveInt, default=4)
+    settings = parser.parse_args(given[1:])
     out = Path(settings.out).expanduser()
     if not out.parent.is_dir():
         parser.error(f"out={settings.out!r}: there is no folder {str(out.parent)!r}")

@@ -39,36 +39,37 @@ Commands, each with --help:
 {{}}
 """
 
-_OPTIONS = """\
-usage: ff-lightning {command} [--config FILE ...] [--model NAME] [--data NAME] [options]
-
-  --config FILE                  YAML; again and again, later ones win; ff-lightning init writes one
-  --ckpt_path PATH|last|best     {ckpt_path}
-  --model SFF|Backprop|...       the method; what it takes: --model.help SFF
-  --data Digits|ImageFolder|...  the data set; what it takes: --data.help ImageFolder
-  --seed_everything N            of all that is drawn
-
-  --model.backbone NAME          cnn, a network of torchvision, timm/NAME, or a class of your own
-  --model.granularity NAME       layer, block, stage, a number of units, or names of modules
-  --model.lr X                   learning rate of a block
-  --data.root FOLDER             where the data lie
-  --data.batch_size N            samples for one step
-
-  --trainer.max_epochs N         {epochs}
-  --trainer.accelerator NAME     cpu, gpu or auto
-  --trainer.devices N            how many of them
-  --trainer.precision NAME       32-true, bf16-mixed, 16-mixed
-  --trainer.default_root_dir DIR where logs and checkpoints go
-
-{pictures}  --print_config                 all settings with their values, as YAML, and no run
-  --help_all                     every option of Lightning and of the default model and data: hundreds of lines
-"""
-
-_PICTURES = """\
-  --pictures FOLDER              draw what is confused, the worst mistakes, what each block knows; needs matplotlib
-  --pictures_format png|svg      how
-
-"""
+_NOT_FIT = ("validate", "test", "predict")
+_OPTIONS = (
+    ("--config FILE", "YAML; again and again, later ones win; ff-lightning init writes one", OF_TRAINER),
+    ("--ckpt_path PATH|last|best", "go on with this run", ("fit",)),
+    ("--ckpt_path PATH|last|best", "the trained model; its data are used unless others are given", _NOT_FIT),
+    ("--model SFF|Backprop|...", "the method; what it takes: --model.help SFF", ("fit",)),
+    ("--model NAME", "where the checkpoint names none, or a class of your own", _NOT_FIT),
+    ("--data Digits|ImageFolder|...", "the data set; what it takes: --data.help ImageFolder", (*OF_TRAINER, "sheet")),
+    ("--data.root FOLDER", "where the data lie", (*OF_TRAINER, "sheet")),
+    ("--data.batch_size N", "samples for one step", OF_TRAINER),
+    ("--model.backbone NAME", "cnn, a network of torchvision, timm/NAME, or a class of your own", ("fit",)),
+    ("--model.granularity NAME", "layer, block, stage, a number of units, or names of modules", ("fit",)),
+    ("--model.lr X", "learning rate of a block", ("fit",)),
+    ("--seed_everything N", "of all that is drawn", ("fit",)),
+    ("--trainer.max_epochs N", f"{EPOCHS} if neither max_steps nor max_time is given", ("fit",)),
+    ("--trainer.accelerator NAME", "cpu, gpu or auto", OF_TRAINER),
+    ("--trainer.devices N", "how many of them", OF_TRAINER),
+    ("--trainer.precision NAME", "32-true, bf16-mixed, 16-mixed", OF_TRAINER),
+    ("--trainer.default_root_dir DIR", "where logs and checkpoints go, and where last and best are sought", OF_TRAINER),
+    (
+        "--pictures FOLDER",
+        "draw what is confused, and what each block knows; needs matplotlib",
+        ("test",),
+    ),
+    ("--pictures_format png|svg", "how", ("test",)),
+    ("--out FILE", "the picture to write; sheet.png", ("sheet",)),
+    ("--rows N", "rows of eight images; 4", ("sheet",)),
+    ("--print_config", "all settings with their values, as YAML, and no run", OF_TRAINER),
+    ("--help_all", "every option of Lightning and of the default model and data: hundreds of lines", OF_TRAINER),
+)
+"""What is needed most: option, what it is, and the commands that have it."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -88,10 +89,10 @@ def main(args: Sequence[str] | None = None) -> None:
         elif command in PARSERS and (command != "predict" or is_of_files(given)):
             settings = PARSERS[command]().parse_args(given[1:])
             importlib.import_module(f"ff_lightning.commands.{command}").main(settings)
-        elif command in OF_TRAINER and {"--help", "-h"} & set(given):
+        elif command in (*OF_TRAINER, "sheet") and {"--help", "-h"} & set(given):
             print(_options(command))
         elif command == "sheet":
-            importlib.import_module("ff_lightning.commands.sheet").main(given[1:])
+            importlib.import_module("ff_lightning.commands.sheet").main(given)
         elif command not in COMMANDS and not command.startswith("-"):
             text = f"{command!r} is no command: known are {', '.join(COMMANDS)}{closest(command, COMMANDS)}"
             end(text, "ff-lightning --help")
@@ -108,8 +109,6 @@ def is_of_files(args: Sequence[str]) -> bool:
 
 
 def _options(command: str) -> str:
-    """The options of a command of the Trainer that are needed most."""
-    resumes = "go on with this run" if command == "fit" else "the trained model"
-    epochs = f"{EPOCHS} if neither max_steps nor max_time is given"
-    pictures = _PICTURES if command == "test" else ""
-    return _OPTIONS.format(command=command, ckpt_path=resumes, epochs=epochs, pictures=pictures)
+    """The help of a command on one screen."""
+    lines = [f"  {option:30} {what}" for option, what, commands in _OPTIONS if command in commands]
+    return "\n".join([f"usage: ff-lightning {command} [options]", "", *lines])
