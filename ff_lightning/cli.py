@@ -63,6 +63,8 @@ class CLI(LightningCLI):
 
     command = ""
     """As it is recorded in checkpoints."""
+    first_step: int | None = None
+    """Of a run that goes on, the number of steps in its checkpoint."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults, the best checkpoint, and the links from data to model."""
@@ -136,6 +138,7 @@ class CLI(LightningCLI):
     def _stored_in(self, path: str, config: Any) -> dict[str, Any]:
         """Model and data of a checkpoint that was written by the command line, if it may name what it names."""
         checkpoint = read_checkpoint(path)
+        self.first_step = checkpoint["global_step"]
         found = {}
         for part, key, kind in (
             ("model", "hyper_parameters", LocalLearner), ("data", "datamodule_hyper_parameters", LightningDataModule),
@@ -189,6 +192,15 @@ class CLI(LightningCLI):
         callbacks.insert(0, TimeLeft())  # before the bar, which shows what it says
         if self.trainer.loggers:
             callbacks.append(Charts())
+
+    def after_fit(self) -> None:
+        """Say so where nothing was left to train."""
+        if self.trainer.global_step == self.first_step:
+            path, schedule = self.config[self.subcommand].ckpt_path, self.model.schedule
+            how = "give a higher --trainer.max_epochs"
+            if schedule in ("onecycle", "cosine"):
+                how = f"start a new run with --model.weights {path}, since lr_scheduler={schedule!r} has ended"
+            rank_zero_info(f"nothing was left to train: the run of {path} is finished; to train on, {how}")
 
     def before_test(self) -> None:
         """Say so where there is nothing to test."""

@@ -3,6 +3,7 @@ import gzip
 import inspect
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import yaml
 from PIL import Image
 from scipy.io import wavfile
 
-from ff_lightning import SFF, data
+from ff_lightning import SFF, cli, data
 from ff_lightning.cli import main
 from tests.test_data import write_cifar
 
@@ -277,6 +278,12 @@ def test_resuming_a_longer_run_says_what_to_do(tmp_path, monkeypatch):
     run(*DIGITS)
     with pytest.raises(SystemExit, match="made for 8 steps, this run has 12: resume with the max_epochs of"):
         run(*DIGITS, "--trainer.max_epochs", "3", "--ckpt_path", checkpoint("."))
+    lines = []
+    monkeypatch.setattr(cli, "rank_zero_info", lines.append)
+    run(*DIGITS, "--ckpt_path", checkpoint("."))
+    assert re.fullmatch(
+        r"nothing was left to train: the run of \S+last.ckpt is finished; to train on, .* --model.weights .*", lines[0]
+    )
 
 
 def test_a_truncated_checkpoint_is_named_in_one_line(tmp_path, monkeypatch):
