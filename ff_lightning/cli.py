@@ -9,9 +9,11 @@ from typing import Any, Literal, NoReturn, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich import get_console
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -26,7 +28,7 @@ from ff_lightning.commands.start import EPOCHS
 from ff_lightning.commands.start import main as main
 from ff_lightning.heads import GoodnessHead, LookAhead, PooledHead
 from ff_lightning.modules import LocalLearner
-from ff_lightning.tasks import task_of_name
+from ff_lightning.tasks import Unlabelled, task_of_name
 from ff_lightning.training.checkpoint_io import is_remote
 from ff_lightning.training.trust import check_stored, named_class
 
@@ -166,10 +168,13 @@ class CLI(LightningCLI):
         """Nothing: `parse_arguments` has done it, without overruling the command line."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the Trainer; without checkpoints where they are switched off."""
+        """Make the Trainer; without checkpoints where they are switched off, and without a bar in a file."""
         settings = self.config_init[self.subcommand].trainer
         if settings.enable_checkpointing is False or settings.barebones:
             self._parser(self.subcommand).callback_keys = []
+        console = get_console()
+        if settings.enable_progress_bar is None and not (console.is_terminal or console.is_jupyter):
+            kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs)
         given = (settings.max_epochs, settings.max_time, None if settings.max_steps == -1 else settings.max_steps)
         if self.subcommand == "fit" and given == (None, None, None) and not settings.fast_dev_run:
@@ -212,6 +217,23 @@ class CLI(LightningCLI):
             cast(Any, self.trainer).callbacks.append(Pictures(config.pictures, config.pictures_format))
 
     before_validate = before_predict = before_test
+
+    def after_test(self) -> None:
+        """Say where an accuracy comes from, for a method that gives no answers."""
+        if isinstance(self.model.task, Unlabelled):
+            path = self.config[self.subcommand].ckpt_path or "FILE"
+            name = type(self.model).__name__
+            rank_zero_info(f"{name} learns without labels; for an accuracy: ff-lightning probe --ckpt_path {path}")
+
+    after_validate = after_test
+
+    def after_predict(self) -> None:
+        """Say so where the scores went nowhere."""
+        if not any(isinstance(callback, BasePredictionWriter) for callback in cast(Any, self.trainer).callbacks):
+            rank_zero_info(
+                "nothing was written: give a BasePredictionWriter as --trainer.callbacks, or for a table of the "
+                "classes of images --ckpt_path and --data.root alone"
+            )
 
 
 def _check_same_method(path: str, asked: str, stored: str) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from ff_lightning import SFF, results
 from ff_lightning.benchmark.__main__ import main as benchmark
 from ff_lightning.cli import main
+from ff_lightning.commands import start
 from ff_lightning.commands.ckpt_path import find_checkpoint
 from tests.test_cli import DIGITS, QUICK, ROOT, run
 
@@ -260,6 +261,11 @@ def test_a_run_without_a_validation_has_no_best_checkpoint():
     assert "has kept no best checkpoint" in answer("test", "--ckpt_path", "best")
 
 
+def test_a_monitor_that_is_not_logged():
+    stop = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/auc"]
+    assert "metric `val/auc` which is not available" in answer(*DIGITS, *stop, "--trainer.max_epochs", 1)
+
+
 def test_there_is_no_last_checkpoint():
     for which in ("last", "best"):
         assert f"ckpt_path='{which}': there is no checkpoint lightning_logs" in answer("fit", "--ckpt_path", which)
@@ -329,12 +335,19 @@ def state():
     return (
         list(sys.path),
         list(warnings.filters),
+        warnings.formatwarning,
         {
             name: (list(logger.filters), list(logger.handlers), logger.level)
             for name, logger in loggers.items()
             if isinstance(logger, logging.Logger)
         },
     )
+
+
+def test_warnings_are_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    start._import("ff_lightning.cli")
+    assert warnings.formatwarning(UserWarning("two\n  lines"), UserWarning, "x.py", 3) == "warning: two lines\n"
 
 
 def test_the_command_leaves_the_process_as_it_was():

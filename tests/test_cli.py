@@ -205,7 +205,10 @@ def test_another_data_set_keeps_nothing_of_the_default_one(name):
 def test_predict(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(*DIGITS)
+    lines = []
+    monkeypatch.setattr(cli, "rank_zero_info", lines.append)
     run("predict", "--ckpt_path", checkpoint("."), "--trainer.limit_predict_batches", "1")
+    assert "nothing was written" in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_folder_with_all_splits(image_folder):
 
 def test_folder_without_test_uses_val_as_test(image_folder, caplog):
     module = data.ImageFolder(str(image_folder(("train", "val"))), num_workers=0, val_fraction=0.2)
-    assert "'val' is the test set, and validation images are cut from 'train'" in caplog.text
+    assert "'val' is the test set; with val_as='val' it is the validation set" in caplog.text
     module.setup("fit")
     module.setup("test")
     assert [len(s) for s in (module.train_set, module.val_set, module.test_set)] == [16, 4, 20]

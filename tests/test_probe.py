@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ff_lightning import FF, SCFF, SFF, Backprop, CwC, LocalLearner, data
+from ff_lightning import FF, SCFF, SFF, Backprop, CwC, LocalLearner, cli, data
 from ff_lightning.backbones import cfse
 from ff_lightning.callbacks import OnlineProbe
 from ff_lightning.cli import main
@@ -150,3 +150,7 @@ def test_the_command_probes_trained_and_untrained_weights(tmp_path, monkeypatch,
     assert gain[1] > 2
     main(["probe", "--ckpt_path", str(path), "--decays", "0.1", "--no_test"])
     assert "│      │" in capsys.readouterr().out
+    lines = []
+    monkeypatch.setattr(cli, "rank_zero_info", lines.append)
+    main(["test", "--ckpt_path", str(path), "--trainer.limit_test_batches", "1", "--trainer.logger", "false"])
+    assert lines == [f"SCFF learns without labels; for an accuracy: ff-lightning probe --ckpt_path {path}"]

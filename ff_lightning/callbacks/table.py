@@ -120,7 +120,8 @@ def _name(block: Any) -> str:
 
 def _units(learner: Any) -> Table:
     """The units of a network that is not cut into blocks, such as layers."""
-    table = Table(title=f"{len(learner.unit_names)} units, each with a local loss")
+    title = f"{len(learner.unit_names)} units, each with a local loss"
+    table = Table(title=title, min_width=len(title))
     for column in ("unit", "module", "parameters"):
         table.add_column(column, justify="right" if column == "parameters" else "left")
     for k, (name, parameters) in enumerate(zip(learner.unit_names, learner.parameters_of_units, strict=True)):

@@ -21,7 +21,12 @@ from ff_lightning.util.suggest import closest
 _REFUSALS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
 _OF_FILES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS,
              errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
-_HINTS = {"No supported gpu backend": " torch sees no GPU here, give --trainer.accelerator cpu or auto"}
+_PROBE = "; a method that learns without labels has an accuracy by --trainer.callbacks+=OnlineProbe, as val/probe_acc"
+_HINTS = {
+    "No supported gpu backend": " torch sees no GPU here, give --trainer.accelerator cpu or auto",
+    "could not find the monitored key": _PROBE,
+    "Early stopping conditioned on metric": _PROBE,
+}
 """What Lightning's own sentence leaves open."""
 
 _GROUPS = ("trainer", "model", "data", "checkpoint", "last")
@@ -81,7 +86,7 @@ def _refusal(error: BaseException) -> str | None:
         frames = traceback.extract_tb(found.__traceback__)
         if isinstance(found, _REFUSALS) and frames and on_purpose(frames[-1].filename, frames[-1].line or ""):
             return str(found)
-        if type(found).__name__ == "MisconfigurationException":  # of Lightning
+        if type(found).__name__ == "MisconfigurationException" or any(known in str(found) for known in _HINTS):
             return str(found)
         frames_there = re.findall(r'File "(.*?)", line \d+, in .*\n +(.*)', str(found))
         if isinstance(found, _REFUSALS) and "DataLoader worker" in str(found) and frames_there:  # as text, from there
@@ -95,8 +100,8 @@ def _refusal(error: BaseException) -> str | None:
 
 @contextmanager
 def process_as_it_was() -> Iterator[None]:
-    """Put back, at the end, where modules are looked for, which warnings are shown, and what the loggers do."""
-    folders = sys.path[:]
+    """Put back, at the end, where modules are looked for, how warnings are shown, and what the loggers do."""
+    folders, form = sys.path[:], warnings.formatwarning
     named = logging.root.manager.loggerDict.values()
     loggers = [logging.root, *(logger for logger in named if isinstance(logger, logging.Logger))]
     before = [(logger, logger.level, logger.filters[:], logger.handlers[:]) for logger in loggers]
@@ -104,7 +109,7 @@ def process_as_it_was() -> Iterator[None]:
         with warnings.catch_warnings():
             yield
     finally:
-        sys.path[:] = folders
+        sys.path[:], warnings.formatwarning = folders, form
         for logger, level, filters, handlers in before:
             logger.level, logger.filters[:], logger.handlers[:] = level, filters, handlers
 

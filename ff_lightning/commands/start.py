@@ -3,7 +3,9 @@
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from ff_lightning import __version__
 from ff_lightning.commands.answers import end, in_one_line, process_as_it_was
@@ -88,16 +90,16 @@ def main(args: Sequence[str] | None = None) -> None:
             print(f"ff-lightning {__version__}")
         elif command in PARSERS and (command != "predict" or is_of_files(given)):
             settings = PARSERS[command]().parse_args(given[1:])
-            importlib.import_module(f"ff_lightning.commands.{command}").main(settings)
+            _import(f"ff_lightning.commands.{command}").main(settings)
         elif command in (*OF_TRAINER, "sheet") and {"--help", "-h"} & set(given):
             print(_options(command))
         elif command == "sheet":
-            importlib.import_module("ff_lightning.commands.sheet").main(given)
+            _import("ff_lightning.commands.sheet").main(given)
         elif command not in COMMANDS and not command.startswith("-"):
             text = f"{command!r} is no command: known are {', '.join(COMMANDS)}{closest(command, COMMANDS)}"
             end(text, "ff-lightning --help")
         else:
-            importlib.import_module("ff_lightning.cli").run(given)
+            _import("ff_lightning.cli").run(given)
 
 
 def is_of_files(args: Sequence[str]) -> bool:
@@ -106,6 +108,13 @@ def is_of_files(args: Sequence[str]) -> bool:
     others = {"--data", "--config", "--print_config", "--help_all", "--seed_everything"}
     of_trainer = any(name.startswith(("--trainer", "--model")) for name in names)
     return args[:1] == ["predict"] and not names & others and not of_trainer
+
+
+def _import(module: str) -> Any:
+    """Import what runs a command; after Lightning, which sets the format of warnings too, set it to one line."""
+    imported = importlib.import_module(module)
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
+    return imported
 
 
 def _options(command: str) -> str:

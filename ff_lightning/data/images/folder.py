@@ -115,7 +115,10 @@ class ImageFolder(ImageData):
 
     def read_val(self) -> Dataset[Sample] | None:
         """All images of ``val``, unless they are the test set."""
-        return self._read("val") if "val" in self.folders else None
+        if "val" in self.folders:
+            return self._read("val")
+        log.warning("%s has no folder 'val': validation images are cut from 'train'", printable(self.root))
+        return None
 
     def read_test(self) -> Dataset[Sample]:
         """All images of ``test``, or of ``val`` where that is the test set."""
@@ -145,12 +148,10 @@ def _folders(root: Path, val_as: str) -> dict[str, Path]:
     if "val" in folders and "test" not in folders and val_as == "test":
         name = folders["val"].name
         log.warning(
-            "%s has no folder 'test': %r is the test set, and validation images are cut from 'train'; "
-            "with val_as='val' it is the validation set", printable(root), name,
+            "%s has no folder 'test': %r is the test set; with val_as='val' it is the validation set",
+            printable(root), name,
         )  # fmt: skip
         folders["test"] = folders.pop("val")
-    elif "val" not in folders:
-        log.warning("%s has no folder 'val': validation images are cut from 'train'", printable(root))
     return folders
 
 
