@@ -267,6 +267,8 @@ def run(given: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")  # see LogShortEpochs
+    if given[0] != "fit":  # what callbacks of the training kept does not matter then
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
     # each test writes a folder of its own
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
     CLI(

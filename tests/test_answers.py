@@ -348,6 +348,8 @@ def test_warnings_are_one_line(monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     start._import("ff_lightning.cli")
     assert warnings.formatwarning(UserWarning("two\n  lines"), UserWarning, "x.py", 3) == "warning: two lines\n"
+    lightning = "Please add the following callbacks: ['OnlineProbe']."
+    assert start._in_one_line(lightning) == f"warning: {lightning} (--trainer.callbacks+=NAME)\n"
 
 
 def test_the_command_leaves_the_process_as_it_was():

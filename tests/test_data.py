@@ -96,8 +96,8 @@ def test_folder_without_test_uses_val_as_test(image_folder, caplog):
 
 def test_folder_without_test_keeps_val_for_validation(image_folder, caplog):
     module = data.ImageFolder(str(image_folder(("train", "val"))), val_as="val", num_workers=0)
-    assert "cut from 'train'" not in caplog.text
     module.setup("fit")
+    assert "cut from 'train'" not in caplog.text
     assert [len(s) for s in (module.train_set, module.val_set)] == [20, 20]
     with pytest.raises(FileNotFoundError, match="has no folder 'test', and val_as='val': there is nothing to test on"):
         module.setup("test")

@@ -113,8 +113,14 @@ def is_of_files(args: Sequence[str]) -> bool:
 def _import(module: str) -> Any:
     """Import what runs a command; after Lightning, which sets the format of warnings too, set it to one line."""
     imported = importlib.import_module(module)
-    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
+    warnings.formatwarning = _in_one_line
     return imported
+
+
+def _in_one_line(message: Warning | str, *_: Any) -> str:
+    text = " ".join(str(message).split())
+    how = " (--trainer.callbacks+=NAME)" if "add the following callbacks" in text else ""
+    return f"warning: {text}{how}\n"
 
 
 def _options(command: str) -> str:
