@@ -33,6 +33,12 @@ from ff_lightning.training.checkpoint_io import is_remote
 from ff_lightning.training.trust import check_stored, named_class
 
 _DEFAULT_DATA = "ff_lightning.data.Digits"
+_BASES = (
+    *(LocalLearner, LightningDataModule, Optimizer, LRScheduler, Callback, Logger),
+    *(GoodnessHead, PooledHead, LookAhead),
+)
+"""Of all classes that options may name."""
+
 _FROM_DATA = ("num_classes", "input_shape", "vocabulary", "task")
 
 
@@ -44,10 +50,7 @@ class _Parser(LightningArgumentParser):
     """The command line and the parsers of its subcommands: for all parsers, jsonargparse makes more of them itself."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        classes = subclasses(
-            *(LocalLearner, LightningDataModule, Optimizer, LRScheduler, Callback, Logger),
-            *(GoodnessHead, PooledHead, LookAhead),
-        )
+        classes = subclasses(*_BASES)
         options = {name: _options(parser) for name, parser in self.commands.items()}
         text = of_parser(message, self.given, options, classes)
         command = next((given for given in self.given if given in self.commands), "fit")
@@ -253,7 +256,7 @@ def run(given: Sequence[str]) -> None:
     Args:
         given: What follows ``ff-lightning`` on the command line.
     """
-    text = asked_class(given, subclasses(LocalLearner, LightningDataModule))
+    text = asked_class(given, subclasses(*_BASES))
     if text is not None:
         print(text)
         return

@@ -50,6 +50,9 @@ def test_help_of_a_class_names_all_its_arguments():
     assert "torch.nn" not in printed
     assert "--data.image_size None" in run("fit", "--data.help=CIFAR10")
     assert "--data.image_size None" in run("sheet", "--data.help", "CIFAR10")
+    printed = run("fit", "--model.optimizer.help", "AdamW")
+    assert "--model.optimizer.weight_decay 0.01" in printed
+    assert "params" not in printed
     with pytest.raises(SystemExit, match=r"model\.help='SFFF' is not known; did you mean 'SFF'"):
         run("fit", "--model.help", "SFFF")
 

@@ -186,14 +186,15 @@ def _of_value(message: str, classes: Iterable[str]) -> str | None:
     if key is None or given is None:
         return None
     value = given[1] if given[1] is not None else given[2]
-    why = re.search(
-        r"No module named '\S+'|module '\S+' has no attribute '\S+'|does not correspond to a subclass of \w+", message
-    )
-    if why:
-        path = re.search(r"class_path\W+([\w.]+)", value)
+    path = re.search(r"class_path\W+([\w.]+)", value)
+    base = re.search(r"(?:correspond to|to be) a subclass of (?:<class ')?(\w+)", message)
+    if base:
         value = path[1] if path else value
-        hint = "" if "subclass" in why[0] else closest(value.rpartition(".")[2], classes)
-        return f"{key[1]}={value!r}: {why[0]}{hint}"
+        return f"{key[1]}={value!r}: must be a subclass of {base[1]}"
+    why = re.search(r"No module named '\S+'|module '\S+' has no attribute '\S+'", message)
+    if why:
+        value = path[1] if path else value
+        return f"{key[1]}={value!r}: {why[0]}{closest(value.rpartition('.')[2], classes)}"
     several = re.search(r"to avoid ambiguity: (.*)\.$", message, re.MULTILINE)
     if several:
         return f"{key[1]}={value!r} is the name of several classes: give {several[1].replace(', ', ' or ')}"

@@ -5,33 +5,32 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 import docstring_parser
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ff_lightning.commands.answers import end
 from ff_lightning.util.suggest import closest
 
 
 def asked_class(given: Sequence[str], classes: Mapping[str, type]) -> str | None:
-    """The help that a command line asks for by ``--model.help`` or ``--data.help``, or None.
+    """The help that a command line asks for, such as by ``--model.help SFF`` or ``--model.optimizer.help Adam``.
 
     Args:
         given: The command line.
-        classes: Models and data modules by name.
+        classes: Those that options may name, by name.
+
+    Returns:
+        None where it asks for none.
     """
-    for option in ("--model.help", "--data.help"):
-        name = _value_of(option, given)
-        if name is not None and name in classes:
-            return class_help(option.removesuffix(".help"), classes[name])
-        if name and "." not in name:
-            end(f"{option}={name!r} is not known{closest(name, classes)}", f"ff-lightning {given[0]} --help")
-    return None
-
-
-def _value_of(option: str, given: Sequence[str]) -> str | None:
     for argument, following in zip(given, [*given[1:], ""], strict=True):
-        if argument == option:
-            return following
-        if argument.startswith(f"{option}="):
-            return argument.partition("=")[2]
+        option, attached, value = argument.partition("=")
+        name = value if attached else following
+        if not option.endswith(".help") or "." in name:
+            continue
+        if name in classes:
+            return class_help(option.removesuffix(".help"), classes[name])
+        if name:
+            end(f"{option}={name!r} is not known{closest(name, classes)}", f"ff-lightning {given[0]} --help")
     return None
 
 
@@ -44,7 +43,8 @@ def class_help(option: str, cls: type) -> str:
         ['  --data.images 1000', '      Number of training images; there are a quarter as many to test.']
     """
     lines = [f"{cls.__name__}: {docstring_parser.parse(inspect.getdoc(cls) or '').short_description}", "", "options:"]
-    for parameter, text in arguments_of(cls):
+    ours = issubclass(cls, Optimizer | LRScheduler)  # the first argument is not the user's
+    for parameter, text in [*arguments_of(cls)][ours:]:
         default = "(required)" if parameter.default is parameter.empty else str(parameter.default)
         lines.append(f"  {option}.{parameter.name} {default}".rstrip())
         lines += textwrap.wrap(" ".join(text.split()), 112, initial_indent=" " * 6, subsequent_indent=" " * 6)

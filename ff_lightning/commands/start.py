@@ -117,7 +117,7 @@ def _import(module: str) -> Any:
     return imported
 
 
-def _in_one_line(message: Warning | str, *_: Any) -> str:
+def _in_one_line(message: Warning | str, *_: Any, **__: Any) -> str:
     text = " ".join(str(message).split())
     how = " (--trainer.callbacks+=NAME)" if "add the following callbacks" in text else ""
     return f"warning: {text}{how}\n"

@@ -56,7 +56,8 @@ class DownloadedData(VectorData):
         except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: a wrong checksum
             raise OSError(
                 f"{type(self).__name__} could not be downloaded to root={self.root!r}: {error} - another run replaces "
-                "what is incomplete"
+                "what is incomplete; without a network give --data.root FOLDER of a copy, or your own images by --data "
+                "ImageFolder"
             ) from error
 
     def read_train(self) -> Dataset[Sample]:
