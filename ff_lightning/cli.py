@@ -143,7 +143,7 @@ class CLI(LightningCLI):
     def _stored_in(self, path: str, config: Any) -> dict[str, Any]:
         """Model and data of a checkpoint that was written by the command line, if it may name what it names."""
         checkpoint = read_checkpoint(path)
-        self.first_step = checkpoint["global_step"]
+        self.first_step = checkpoint.get("global_step")
         found = {}
         for part, key, kind in (
             ("model", "hyper_parameters", LocalLearner), ("data", "datamodule_hyper_parameters", LightningDataModule),
