@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -30,6 +30,7 @@ from ff_lightning.heads import GoodnessHead, LookAhead, PooledHead
 from ff_lightning.modules import LocalLearner
 from ff_lightning.tasks import Unlabelled, task_of_name
 from ff_lightning.training.checkpoint_io import is_remote
+from ff_lightning.training.schedules import OF_WHOLE_RUN
 from ff_lightning.training.trust import check_stored, named_class
 
 _DEFAULT_DATA = "ff_lightning.data.Digits"
@@ -176,7 +177,9 @@ class CLI(LightningCLI):
         if settings.enable_checkpointing is False or settings.barebones:
             self._parser(self.subcommand).callback_keys = []
         console = get_console()
-        if settings.enable_progress_bar is None and not (console.is_terminal or console.is_jupyter):
+        own = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
+        own_bar = any(isinstance(callback, ProgressBar) for callback in own)
+        if settings.enable_progress_bar is None and not (own_bar or console.is_terminal or console.is_jupyter):
             kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs)
         given = (settings.max_epochs, settings.max_time, None if settings.max_steps == -1 else settings.max_steps)
@@ -206,8 +209,11 @@ class CLI(LightningCLI):
         if self.trainer.global_step == self.first_step:
             path, schedule = self.config[self.subcommand].ckpt_path, self.model.schedule
             how = "give a higher --trainer.max_epochs"
-            if schedule in ("onecycle", "cosine"):
-                how = f"start a new run with --model.weights {path}, since lr_scheduler={schedule!r} has ended"
+            if schedule in OF_WHOLE_RUN:
+                how = (
+                    f"start a new run with --model.weights {path}" if "weights" in self.model.hparams else "begin anew"
+                )
+                how += f", since lr_scheduler={schedule!r} has ended"
             rank_zero_info(f"nothing was left to train: the run of {path} is finished; to train on, {how}")
 
     def before_test(self) -> None:

@@ -211,3 +211,13 @@ def test_a_map_that_was_first_seen_in_inference_mode_can_be_trained_on():
     region_means(features, (4, 4)).sum().backward()
     assert torch.equal(region_means(features, (4, 4)), first)
     assert features.grad is not None
+
+
+def test_shares_of_a_map_do_not_hang_on_the_dtype_that_was_the_default_before():
+    features = torch.randn(2, 3, 7, 9)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        region_means(features.bfloat16(), (3, 3))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert error(region_means(features, (3, 3)), F.adaptive_avg_pool2d(features.double(), (3, 3))) < 1e-5

@@ -300,3 +300,13 @@ def test_hybrids_pass_over_a_single_image_that_an_epoch_ends_with(make_trainer):
     trainer = make_trainer(max_epochs=1, limit_train_batches=1.0)
     trainer.fit(FF(widths=[10, 10], negatives="hybrid", **SHAPE), images)
     assert trainer.global_step == 3, "batches"
+
+
+def test_the_plain_network_begins_with_the_weights_of_a_file(tmp_path):
+    first = FF(widths=[20, 20], num_classes=10, input_shape=(1, 8, 8))
+    torch.save({"state_dict": first.state_dict(), "pytorch-lightning_version": "2.5.0"}, tmp_path / "first.ckpt")
+    again = FF(widths=[20, 20], num_classes=10, input_shape=(1, 8, 8), weights=str(tmp_path / "first.ckpt"))
+    for one, other in zip(first.net.blocks.parameters(), again.net.blocks.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"weights='nowhere\.ckpt': must be a file"):
+        FF(widths=[20, 20], num_classes=10, input_shape=(1, 8, 8), weights="nowhere.ckpt")

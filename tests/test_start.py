@@ -107,6 +107,40 @@ print("slow" if "lightning" in sys.modules else "quick")
     assert "error: 'tets' is no command" in done.stderr
 
 
+def test_a_file_of_the_working_folder_does_not_stand_for_a_package_that_is_not_installed(tmp_path):
+    for name in ("pytz", "snappy", "lz4"):  # libraries ask for them while they are imported
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('run from the working folder')")
+    code = "from ff_lightning.commands.start import main; main(['fit', '--print_config'])"
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, "working folder" in found.stderr) == (0, False), found.stderr
+
+
+def test_a_reader_may_leave(tmp_path):
+    code = "from ff_lightning.commands.start import main; main(['--help'])"
+    command = f'{sys.executable} -c "{code}" | true; exit ${{PIPESTATUS[0]}}'
+    found = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert not found.stderr
+
+
+def test_the_short_form_of_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "data: {class_path: Digits, init_args: {classes: ['3', '4'], root: elsewhere}}"
+    (tmp_path / "one.yaml").write_text(text)
+    printed = [
+        run("fit", option, "one.yaml", "--data", "ImageFolder", "--print_config") for option in ("--config", "-c")
+    ]
+    assert printed[0] == printed[1]
+    assert "elsewhere" not in printed[0]
+
+
+def test_a_bar_that_is_asked_for_is_shown_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.accelerator", "cpu"]
+    assert "Epoch 0" in run("fit", *one, "--trainer.callbacks+=RichProgressBar")
+
+
 def test_a_command_that_is_not_known():
     with pytest.raises(SystemExit, match=r"'tets' is no command: known are fit, .*exits.*; did you mean 'test'"):
         run("tets")

@@ -99,12 +99,12 @@ def local(num_classes: int = 10, input_shape: Sequence[int] = (1, 28, 28)) -> nn
         A network from (B, C, H, W) to (B, num_classes). Each layer is a block.
 
     Raises:
-        ValueError: If the images are too small.
+        ValueError: If the samples are no images, or too small.
 
     Source: Hinton, The Forward-Forward Algorithm, arXiv 2212.13345.
     """
     channels, *size = input_shape
-    if min(size) < 22:
+    if len(size) != 2 or min(size) < 22:
         raise ValueError(f"input_shape={shown(input_shape)}: backbone='local' needs images of at least 22 x 22 pixels")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, (out, kernel, stride) in enumerate([(128, 10, 6), (220, 2, 1), (512, 2, 1)], start=1):

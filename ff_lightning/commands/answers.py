@@ -187,13 +187,12 @@ def _of_value(message: str, classes: Iterable[str]) -> str | None:
         return None
     value = given[1] if given[1] is not None else given[2]
     path = re.search(r"class_path\W+([\w.]+)", value)
+    value = path[1] if path else value
     base = re.search(r"(?:correspond to|to be) a subclass of (?:<class ')?(\w+)", message)
-    if base:
-        value = path[1] if path else value
+    if base and base[1] != "Union":
         return f"{key[1]}={value!r}: must be a subclass of {base[1]}"
     why = re.search(r"No module named '\S+'|module '\S+' has no attribute '\S+'", message)
     if why:
-        value = path[1] if path else value
         return f"{key[1]}={value!r}: {why[0]}{closest(value.rpartition('.')[2], classes)}"
     several = re.search(r"to avoid ambiguity: (.*)\.$", message, re.MULTILINE)
     if several:

@@ -25,7 +25,7 @@ def asked_class(given: Sequence[str], classes: Mapping[str, type]) -> str | None
     for argument, following in zip(given, [*given[1:], ""], strict=True):
         option, attached, value = argument.partition("=")
         name = value if attached else following
-        if not option.endswith(".help") or "." in name:
+        if not (option.startswith("--") and option.endswith(".help")) or "." in name or name.startswith("-"):
             continue
         if name in classes:
             return class_help(option.removesuffix(".help"), classes[name])

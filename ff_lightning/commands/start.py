@@ -2,9 +2,11 @@
 
 import importlib
 import os
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ff_lightning import __version__
@@ -80,10 +82,9 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: What follows ``ff-lightning`` on the command line. None: the command line of the process.
     """
-    given = sys.argv[1:] if args is None else list(args)
+    given = [re.sub("^-c(?==|$)", "--config", argument) for argument in (sys.argv[1:] if args is None else args)]
     command = given[0] if given else "--help"
-    with process_as_it_was(), in_one_line():
-        sys.path.append(os.getcwd())  # the user's own classes; last, or a file there could stand for a package
+    with process_as_it_was(), in_one_line(), _reader_may_leave():
         if command in ("--help", "-h"):
             print(_OVERVIEW.format("\n".join(f"  {name:10}  {what}" for name, what in COMMANDS.items())))
         elif command == "--version":
@@ -107,14 +108,31 @@ def is_of_files(args: Sequence[str]) -> bool:
     names = {arg.split("=")[0] for arg in args}
     others = {"--data", "--config", "--print_config", "--help_all", "--seed_everything"}
     of_trainer = any(name.startswith(("--trainer", "--model")) for name in names)
-    return args[:1] == ["predict"] and not names & others and not of_trainer
+    asks = any(name.endswith(".help") for name in names)
+    return args[:1] == ["predict"] and not names & others and not of_trainer and not asks
 
 
 def _import(module: str) -> Any:
-    """Import what runs a command; after Lightning, which sets the format of warnings too, set it to one line."""
+    """Import what runs a command; after Lightning, which sets the format of warnings too, set it to one line.
+
+    The user's own classes are found from then on: before, a file of the working folder could stand for a package that
+    Lightning or another library would import if it were installed.
+    """
     imported = importlib.import_module(module)
+    sys.path.append(os.getcwd())
     warnings.formatwarning = _in_one_line
     return imported
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """End without a traceback where what reads the output, such as head, has seen enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        raise SystemExit(1) from None
 
 
 def _in_one_line(message: Warning | str, *_: Any, **__: Any) -> str:

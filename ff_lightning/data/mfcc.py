@@ -10,7 +10,7 @@ from scipy.fft import dct
 
 FILTERS = 64
 """Bands of the mel scale; there are no more coefficients than bands."""
-_WINDOW, _STEP = 0.05, 0.025  # seconds
+_STEP = 0.025  # seconds; a window is twice as long
 
 Numbers = np.ndarray[Any, Any]
 
@@ -42,8 +42,14 @@ def mfcc(signal: Numbers, rate: int, count: int) -> Numbers:
 
     Returns:
         float32 (F, S), S = 1 + T // (samples in 25 ms).
+
+    Raises:
+        ValueError: If a step holds no sample.
     """
-    size, step = round(_WINDOW * rate), round(_STEP * rate)
+    step = round(_STEP * rate)
+    if step < 1:
+        raise ValueError(f"rate={rate}: a step of {_STEP} s holds no sample")
+    size = 2 * step
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(signal, size // 2), size)[::step]
     power = np.abs(np.fft.rfft(windows * np.hanning(size + 1)[:-1])) ** 2 @ mel_filters(rate, size).T
     decibels = 10 * np.log10(np.maximum(power, 1e-10))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from ff_lightning.backbones import Backbone, Stem
 from ff_lightning.local.ffnet import FFNet, mlp
@@ -102,11 +102,10 @@ class FF(LocalLearner):
         if backbone is None:
             for width in widths or ():
                 check_whole("widths", width)
-            network: nn.Module = mlp(torch.Size(shape).numel(), widths or [500, 500, 500])
+            backbone = mlp(torch.Size(shape).numel(), widths or [500, 500, 500])
         elif widths is not None:
             raise ValueError(f"widths={shown(widths)} and a backbone: give one of them")
-        else:
-            network = self.build_backbone(backbone, stem, weights, shape)
+        network = self.build_backbone(backbone, stem, weights, shape)
         self.net = FFNet(
             network, self.num_classes, self.input_shape, label, negatives, granularity, theta, goodness, sign, peer,
             voters, readout_from,

@@ -16,7 +16,7 @@ from ff_lightning.local.updates import Update
 from ff_lightning.modules.base import LocalLearner
 from ff_lightning.tasks import Task, TaskName
 from ff_lightning.training.plain import to_plain
-from ff_lightning.training.schedules import Schedule
+from ff_lightning.training.schedules import OF_WHOLE_RUN, Schedule
 from ff_lightning.util.arguments import check_number, check_whole, for_each, shown
 
 
@@ -108,7 +108,7 @@ class SCFF(LocalLearner):
             layers = dense_layers(torch.Size(self.input_shape).numel(), widths or [1000, 1000], activation)
         self.net = ContrastNet(layers, self.input_shape, thresholds, lam, pairs, views)
         self.epochs = None if epochs is None else for_each("epochs", epochs, count, check_whole)
-        if epochs is not None and lr_scheduler in ("cosine", "onecycle", "cooldown"):
+        if epochs is not None and lr_scheduler in OF_WHOLE_RUN:
             raise ValueError(
                 f"lr_scheduler={lr_scheduler!r} lasts for the whole run, and `epochs` gives each layer a part of it: "
                 "give 'constant', or a class and lr_interval='step'"

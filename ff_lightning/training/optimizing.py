@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ff_lightning.training import checks, recipe
 from ff_lightning.training.kept import KeepsHooks, kept
 from ff_lightning.training.schedules import (
+    OF_WHOLE_RUN,
     follow_first_group,
     make_scheduler,
     monitored,
@@ -73,7 +74,7 @@ class Optimizing(KeepsHooks, LightningModule):
         schedulers = [scheduler for o in optimizers if (scheduler := make_scheduler(self, o)) is not None]
         self.schedulers_count_steps = isinstance(self.schedule, str) or self.lr_interval == "step"
         self._configured_lr = self.lr
-        self._steps_of_run = total_steps(self) if self.schedule in ("onecycle", "cosine", "cooldown") else 0
+        self._steps_of_run = total_steps(self) if self.schedule in OF_WHOLE_RUN else 0
         if not self.automatic_optimization:
             return optimizers, schedulers
         interval = "step" if self.schedulers_count_steps else "epoch"

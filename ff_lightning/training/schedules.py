@@ -12,6 +12,8 @@ from ff_lightning.training.factories import to_factory
 from ff_lightning.training.recipe import check_interval, make
 
 Schedule = Literal["onecycle", "cosine", "cooldown", "constant"]
+OF_WHOLE_RUN = ("onecycle", "cosine", "cooldown")
+"""Those that are made for the length of a run, and have ended with it."""
 
 
 class CooldownLR(LRScheduler):

@@ -11,7 +11,7 @@ def closest(value: object, known: Iterable[str]) -> str:
         >>> closest("resnet81", ["resnet18", "vgg16"])
         "; did you mean 'resnet18'?"
     """
-    names = list(dict.fromkeys(known))
+    names = [name for name in dict.fromkeys(known) if name != value]  # it is known, but of another kind
     ratios = {name: difflib.SequenceMatcher(a=name, b=str(value)).ratio() for name in names}
     best = max(ratios.values(), default=0.0)
     close = sorted((name for name in names if ratios[name] >= max(0.6, best - 0.05)), key=lambda name: -ratios[name])[
