@@ -1,5 +1,6 @@
 """The commands fit, validate, test and predict: LightningCLI over the models and data modules of this package."""
 
+import inspect
 import logging
 import sys
 import warnings
@@ -210,9 +211,8 @@ class CLI(LightningCLI):
             path, schedule = self.config[self.subcommand].ckpt_path, self.model.schedule
             how = "give a higher --trainer.max_epochs"
             if schedule in OF_WHOLE_RUN:
-                how = (
-                    f"start a new run with --model.weights {path}" if "weights" in self.model.hparams else "begin anew"
-                )
+                takes_weights = "weights" in inspect.signature(type(self.model)).parameters
+                how = f"start a new run{f' with --model.weights {path}' if takes_weights else ''}"
                 how += f", since lr_scheduler={schedule!r} has ended"
             rank_zero_info(f"nothing was left to train: the run of {path} is finished; to train on, {how}")
 

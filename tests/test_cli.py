@@ -287,6 +287,10 @@ def test_resuming_a_longer_run_says_what_to_do(tmp_path, monkeypatch):
     assert re.fullmatch(
         r"nothing was left to train: the run of \S+last.ckpt is finished; to train on, .* --model.weights .*", lines[0]
     )
+    layers = [*DIGITS, "--model", "RecurrentFF", "--model.widths", "[10, 10]", "--trainer.default_root_dir", "other"]
+    run(*layers)
+    run(*layers, "--ckpt_path", checkpoint("other"))
+    assert lines[-1].endswith("to train on, start a new run, since lr_scheduler='cooldown' has ended")
 
 
 def test_a_truncated_checkpoint_is_named_in_one_line(tmp_path, monkeypatch):
