@@ -79,10 +79,11 @@ class BlockTable(Callback):
         table.add_column("%" if in_percent else name, justify="right")
         shown = (lambda value: f"{100 * float(value):.2f}") if in_percent else (lambda value: f"{float(value):.4g}")
         for k, unit in enumerate(learner.unit_names):
-            key = learner.unit_key(k)
-            if f"{stage}/{key}_{name}" in logged:
+            unit_key = learner.unit_key(k)
+            key = f"{stage}/{unit_key}_{name}"
+            if key in logged:
                 module = _name(blocks[k]) if k < len(blocks) else unit
-                table.add_row("" if key == unit else f"{k:02d}", escape(module), shown(logged[f"{stage}/{key}_{name}"]))
+                table.add_row("" if unit_key == unit else f"{k:02d}", escape(module), shown(logged[key]))
         table.add_section()
         answer = "vote (last block)" if getattr(net, "vote", None) == "last" else "vote"
         table.add_row("all", "sum" if name == "loss" else answer, shown(logged[f"{stage}/{name}"]), style="bold")

@@ -28,13 +28,11 @@ def predict() -> PlainParser:
 
 def exits() -> PlainParser:
     """Of ``ff-lightning exits``."""
-    parser = PlainParser(
-        prog="ff-lightning exits",
-        description="Error against multiply-adds: each depth for all samples, and early exit by each rule. Thresholds "
+    parser = _of_trained(
+        "exits",
+        "Error against multiply-adds: each depth for all samples, and early exit by each rule. Thresholds "
         "are set on the validation samples, errors are those of the test samples.",
     )
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a trained model, or last, or best")
-    parser.add_argument("--data.root", dest="root", help="folder of the data; by itself: the one of the training")
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES), help="rules to try")
     parser.add_argument("--out", type=as_path, help="picture to draw, such as exits.png")
     return parser
@@ -42,13 +40,11 @@ def exits() -> PlainParser:
 
 def probe() -> PlainParser:
     """Of ``ff-lightning probe``."""
-    parser = PlainParser(
-        prog="ff-lightning probe",
-        description="Accuracy of a linear read-out of all layers, trained on frozen features; the same for untrained "
+    parser = _of_trained(
+        "probe",
+        "Accuracy of a linear read-out of all layers, trained on frozen features; the same for untrained "
         "weights. Its penalty is chosen on the validation samples, the test samples are looked at once.",
     )
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a trained model, or last, or best")
-    parser.add_argument("--data.root", dest="root", help="folder of the data; by itself: the one of the training")
     parser.add_argument("--decays", type=float, nargs="+", default=DECAYS, help="penalties to choose from")
     parser.add_argument("--seed", type=int, default=0, help="of the untrained weights")
     parser.add_argument("--no_test", action="store_true", help="validation samples alone, to choose settings by")
@@ -57,13 +53,23 @@ def probe() -> PlainParser:
 
 def export() -> PlainParser:
     """Of ``ff-lightning export``."""
-    parser = PlainParser(prog="ff-lightning export", description="Write a trained model for use elsewhere.")
-    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a trained model, or last, or best")
+    parser = _of_trained(
+        "export", "Write a trained model for use elsewhere.", "images to compare the export with the original on"
+    )
     formats = ("onnx", "torch", "safetensors")
     parser.add_argument("--format", choices=formats, default="onnx", help="safetensors holds the weights alone")
     parser.add_argument("--out", type=as_path, help="file to write; by itself: beside the checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
-    parser.add_argument("--data.root", dest="root", help="images to compare the export with the original on")
+    return parser
+
+
+def _of_trained(
+    command: str, description: str, root: str = "folder of the data; by itself: the one of the training"
+) -> PlainParser:
+    """What the commands that look at a trained model have in common; `root` is the help of the folder."""
+    parser = PlainParser(prog=f"ff-lightning {command}", description=description)
+    parser.add_argument("--ckpt_path", required=True, help="checkpoint of a trained model, or last, or best")
+    parser.add_argument("--data.root", dest="root", help=root)
     return parser
 
 

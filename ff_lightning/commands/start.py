@@ -43,7 +43,7 @@ Commands, each with --help:
 {{}}
 """
 
-_NOT_FIT = ("validate", "test", "predict")
+_NOT_FIT = OF_TRAINER[1:]
 _OPTIONS = (
     ("--config FILE", "YAML; again and again, later ones win; ff-lightning init writes one", OF_TRAINER),
     ("--ckpt_path PATH|last|best", "go on with this run", ("fit",)),
@@ -62,11 +62,7 @@ _OPTIONS = (
     ("--trainer.devices N", "how many of them", OF_TRAINER),
     ("--trainer.precision NAME", "32-true, bf16-mixed, 16-mixed", OF_TRAINER),
     ("--trainer.default_root_dir DIR", "where logs and checkpoints go, and where last and best are sought", OF_TRAINER),
-    (
-        "--pictures FOLDER",
-        "draw what is confused, and what each block knows; needs matplotlib",
-        ("test",),
-    ),
+    ("--pictures FOLDER", "draw what is confused, and what each block knows; needs matplotlib", ("test",)),
     ("--pictures_format png|svg", "how", ("test",)),
     ("--out FILE", "the picture to write; sheet.png", ("sheet",)),
     ("--rows N", "rows of eight images; 4", ("sheet",)),

@@ -105,19 +105,21 @@ def region_means(features: Tensor, regions: tuple[int, ...]) -> Tensor:
     if width >= 8 and no_line == no_column == 0:
         return features.unflatten(2, (-1, lines)).mean(3).unflatten(3, (-1, width)).mean(4)
     is_plain = type(features) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
-    shares = _kept_shares(size, regions, torch.get_default_dtype()) if is_plain else _shares(size, regions)
+    shares = (_kept_shares if is_plain else _shares)(size, regions, torch.get_default_dtype())
     return (features.flatten(2) @ shares.to(features.dtype)).unflatten(2, regions)
 
 
 @lru_cache(maxsize=64)
 def _kept_shares(size: tuple[int, ...], regions: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # training may use it later
-        return _shares(size, regions)
+        return _shares(size, regions, dtype)
 
 
-def _shares(size: Sequence[int], regions: Sequence[int]) -> Tensor:
+def _shares(size: Sequence[int], regions: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The share of each position in the mean over each region, (H W, number of regions)."""
-    rows, columns = (F.adaptive_avg_pool1d(torch.eye(side), part) for side, part in zip(size, regions, strict=True))
+    rows, columns = (
+        F.adaptive_avg_pool1d(torch.eye(side, dtype=dtype), part) for side, part in zip(size, regions, strict=True)
+    )
     return torch.kron(rows, columns)
 
 

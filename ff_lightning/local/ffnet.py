@@ -178,12 +178,12 @@ class FFNet(LocalNet):
             labels = x.new_full((x.shape[0], self.num_classes), 1 / self.num_classes)
         else:
             labels = F.one_hot(target, self.num_classes).to(x.dtype)
-        return _mean_square_1(self.place_label(x, labels))
+        return mean_square_1(self.place_label(x, labels))
 
     def pairs(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """Positive and then negative inputs, (2 B, ...), and ones and zeros for them, (2 B,)."""
         if self.negatives == "hybrid":
-            both = _mean_square_1(torch.cat([x, hybrids(x)]))
+            both = mean_square_1(torch.cat([x, hybrids(x)]))
         else:
             assert target is not None
             if self.negatives == "hard":
@@ -229,7 +229,7 @@ class FFNet(LocalNet):
     @torch.no_grad()
     def neutral_features(self, x: Tensor) -> list[Tensor]:
         """The normalised features of each block for the neutral label, (B, N) each, detached."""
-        neutral = _mean_square_1(x) if self.negatives == "hybrid" else self.with_label(x)
+        neutral = mean_square_1(x) if self.negatives == "hybrid" else self.with_label(x)
         return [features.flatten(1) for features in self.local_features(neutral)]
 
     def _parts_of_readout(self, x: Tensor) -> Iterator[Tensor]:
@@ -242,5 +242,6 @@ class FFNet(LocalNet):
                 start += features.shape[1]
 
 
-def _mean_square_1(x: Tensor) -> Tensor:
+def mean_square_1(x: Tensor) -> Tensor:
+    """Samples (B, ...), each scaled to a mean square of 1."""
     return F.rms_norm(x, x.shape[1:])

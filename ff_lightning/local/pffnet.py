@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ff_lightning.local.ffnet import PassThroughReLU
+from ff_lightning.local.ffnet import PassThroughReLU, mean_square_1
 from ff_lightning.util.arguments import check_number, check_switch, check_whole, is_whole, shown
 from ff_lightning.views import wrong_labels
 
@@ -212,7 +212,7 @@ class PFFNet(nn.Module):
     @torch.no_grad()
     def representation(self, x: Tensor) -> Tensor:
         """The start states of all layers, each with mean square 1: (B, ...) -> (B, sum of N)."""
-        return torch.cat([F.rms_norm(state, state.shape[1:]) for state in self.start(self.scaled(x))], 1)
+        return torch.cat([mean_square_1(state) for state in self.start(self.scaled(x))], 1)
 
     # ------------------------------------------------------------------------------------------------------- generation
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ff_lightning.local.ffnet import PassThroughReLU, ThresholdObjective
+from ff_lightning.local.ffnet import PassThroughReLU, ThresholdObjective, mean_square_1
 from ff_lightning.local.objectives import Place
 from ff_lightning.util.arguments import check_number, check_whole, is_whole, shown
 from ff_lightning.views import wrong_labels
@@ -101,12 +101,12 @@ class RecurrentNet(nn.Module):
         """The states of one pass upwards, which know no label: x (B, ...) -> (B, N) of each layer."""
         states = [_relu(self.drive(x))]
         for layer in self.layers[1:]:
-            states.append(_relu(layer.up(_mean_square_1(states[-1]))))
+            states.append(_relu(layer.up(mean_square_1(states[-1]))))
         return states
 
     def drive(self, x: Tensor) -> Tensor:
         """What the first layer gets from samples, at every step: (B, ...) -> (B, N)."""
-        return self.layers[0].up(_mean_square_1(x.flatten(1)))
+        return self.layers[0].up(mean_square_1(x.flatten(1)))
 
     def step(self, states: Sequence[Tensor], drive: Tensor, labels: Tensor) -> list[Tensor]:
         """The next states of all layers, (B, N) each.
@@ -117,7 +117,7 @@ class RecurrentNet(nn.Module):
             labels: One-hot, (B, K).
         """
         states = [state.detach() for state in states]
-        seen = [_mean_square_1(state) for state in (*states, labels)]
+        seen = [mean_square_1(state) for state in (*states, labels)]
         drives = [drive, *(layer.up(below) for layer, below in zip(self.layers[1:], seen, strict=False))]
         return [
             layer(state, drive, above, self.damping)
@@ -157,11 +157,7 @@ class RecurrentNet(nn.Module):
     @torch.no_grad()
     def features(self, x: Tensor) -> list[Tensor]:
         """The start states of each layer, which know no label, with mean square 1: (B, ...) -> (B, N) each."""
-        return [_mean_square_1(state) for state in self.start(x)]
+        return [mean_square_1(state) for state in self.start(x)]
 
 
 _relu = PassThroughReLU()
-
-
-def _mean_square_1(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[1:])
