@@ -10,6 +10,7 @@ from torch import nn
 
 from ff_lightning import LocalNet
 from ff_lightning.benchmark.__main__ import main
+from ff_lightning.benchmark.frontier import FRONTIER
 from ff_lightning.benchmark.measure import Alive, Course, Result, _count, measure, ratio_of_times
 from ff_lightning.benchmark.report import print_table
 from ff_lightning.benchmark.variants import Settings, build
@@ -30,13 +31,32 @@ def test_tensors_alive_are_counted_exactly():
     assert max(alive.history) == 800
 
 
-@pytest.mark.parametrize("name", ["backprop", "checkpointing", "accumulation", "sff block", "sff layer", "sff 2"])
+@pytest.mark.parametrize("name", [*FRONTIER, "sff 2"])
 def test_a_step_trains_every_parameter_and_leaves_no_gradient(name):
     variant = build(SETTINGS, name)
     before = [p.detach().clone() for p in variant.parameters]
     variant.step()
     assert all(not torch.equal(p, old) for p, old in zip(variant.parameters, before, strict=True))
     assert all(p.grad is None for p in variant.parameters)
+
+
+def test_windows_come_back_in_a_step_to_where_they_were_and_train_as_the_loss_of_each_pass():
+    variant = build(SETTINGS, "sff block reach 0.9")
+    net = LocalNet(SETTINGS.model(), 10, "block", "paper", reach=0.9, input_shape=(3, 16, 16))
+    x, y = SETTINGS.batch_of_noise()
+    variant.step()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+    for _ in net.windows.placements:
+        optimizer.zero_grad()
+        net.loss(x, y).backward()
+        optimizer.step()
+    assert variant.passes == len(net.windows.placements) > 1
+    of_net = [p for k in range(3) for p in net.block_parameters(k)]
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(variant.parameters, of_net, strict=True))
+    _count(build(SETTINGS, "sff block reach 0.9"), mean := Result("", []))
+    _count(build(SETTINGS, "sff block"), shortest := Result("", []))
+    _count(build(SETTINGS, "sff block reach 1.0"), longest := Result("", []))
+    assert shortest.operations < mean.operations < longest.operations
 
 
 def test_saved_by_checkpointing_is_the_inputs_and_one_block():
@@ -93,6 +113,32 @@ def test_the_command_reports_every_variant(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_the_frontier_shows_what_each_way_to_train_takes_and_the_accuracies_of_runs(tmp_path, capsys, monkeypatch):
+    some = ["backprop", "sff block", "sff block reach 0.9"]  # the others: see above
+    monkeypatch.setattr("ff_lightning.benchmark.__main__.FRONTIER", some)
+    for seed, value in enumerate((0.8, 0.9)):
+        folder = tmp_path / f"runs/few/sff-{seed}"
+        folder.mkdir(parents=True)
+        record = {
+            "figures": {"test/acc": value},
+            "shown": ["acc"],
+            "epochs": 1,
+            "command": "",
+            "date": "",
+            "versions": "",
+        }
+        (folder / "run.json").write_text(json.dumps(record))
+    main(["--backbone", "cnn", "--stem", "standard", "--batch", "4", "--input-size", "16", "--repetitions", "0",
+          "--frontier", str(tmp_path / "frontier.svg"), "--accuracy", f"sff block={tmp_path}/runs/few/sff",
+          ])  # fmt: skip
+    printed, drawn = capsys.readouterr().out, (tmp_path / "frontier.svg").read_text()
+    assert all(name in printed for name in some)
+    assert "skipped" not in printed
+    assert "SFF by block: 85.0 %" in drawn
+    assert "operations of a step" in drawn, "nothing was timed"
+
+
+@pytest.mark.slow
 def test_a_variant_that_cannot_run_is_skipped_with_its_reason(capsys):
     results = measure(SETTINGS, ["model", "vote 99"], compiled=False, repetitions=1, steps=1)
     print_table((SETTINGS, results), SETTINGS.batch, Console(width=200))
@@ -113,6 +159,11 @@ def test_a_variant_that_cannot_run_is_skipped_with_its_reason(capsys):
         (["--batch", "0"], "at least 1"),
         (["--repetitions", "-1"], "at least 1"),
         (["--json", "nowhere/figures.json"], "nowhere/figures.json does not exist"),
+        (["--frontier", "nowhere/frontier.png"], "nowhere/frontier.png does not exist"),
+        (["--frontier", "f.png", "--what", "inference"], "--frontier: takes --what train"),
+        (["--frontier", "f.png", "--accuracy", "sff blok=runs/a/sff"], "must be VARIANT=RUNS/RECIPE/METHOD"),
+        (["--frontier", "f.png", "--accuracy", "sff block=nowhere/a/sff"], "no finished run nowhere/a/sff-SEED"),
+        (["--accuracy", "sff block=runs/a/sff"], "is drawn by --frontier FILE alone"),
     ],
 )
 def test_bad_arguments_end_the_command_before_anything_is_measured(arguments, message, capsys):

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from ff_lightning.backbones import Stem
+from ff_lightning.benchmark.frontier import FRONTIER, accuracies, plot_frontier
 from ff_lightning.benchmark.measure import measure
 from ff_lightning.benchmark.report import Run, plot, print_table, write_json
 from ff_lightning.benchmark.variants import Settings, build
@@ -30,8 +31,9 @@ def main(args: Sequence[str] | None = None) -> None:
     runs: list[Run] = []
     for classes in arguments.classes:
         settings = _settings(arguments, classes)
+        of_cuts = ["backprop", "checkpointing", "accumulation", *(f"sff {cut}" for cut in arguments.granularity)]
         names = {
-            "train": ["backprop", "checkpointing", "accumulation", *(f"sff {cut}" for cut in arguments.granularity)],
+            "train": FRONTIER if arguments.frontier else of_cuts,
             "inference": ["model", *(f"vote {cut}" for cut in arguments.granularity)],
             "trainer": ["loop", "trainer"],
         }[arguments.what]
@@ -42,6 +44,8 @@ def main(args: Sequence[str] | None = None) -> None:
             write_json(runs, torch.get_num_threads(), arguments.json)
     if arguments.plot:
         plot(runs, arguments.plot)
+    if arguments.frontier:
+        plot_frontier(runs[0], accuracies(arguments.accuracy), arguments.frontier)
 
 
 def _settings(arguments: argparse.Namespace, classes: int) -> Settings:
@@ -63,16 +67,21 @@ def _settings(arguments: argparse.Namespace, classes: int) -> Settings:
 def _checked(parser: argparse.ArgumentParser, args: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; what would only show after minutes of measuring ends the command here."""
     arguments = parser.parse_args(args)
-    if arguments.plot:
+    if arguments.plot or arguments.frontier:
         with in_one_line():
             needs("matplotlib", "plot")
-    for file in (arguments.json, arguments.plot):
+    if arguments.frontier and (arguments.what != "train" or len(arguments.classes) > 1):
+        parser.error("--frontier: takes --what train, and one number of classes")
+    if arguments.accuracy and not arguments.frontier:
+        parser.error("--accuracy: is drawn by --frontier FILE alone")
+    for file in (arguments.json, arguments.plot, arguments.frontier):
         if file and not file.parent.is_dir():
             parser.error(f"the folder of {file} does not exist")
     if arguments.what == "startup":
         return arguments
     try:
         torch.zeros(1, device=arguments.device)
+        accuracies(arguments.accuracy)
         for classes in arguments.classes:
             for granularity in arguments.granularity:
                 build(_settings(arguments, classes), f"sff {granularity}")
@@ -116,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--epoch-batches", type=_positive, default=20, help="steps of an epoch, for --what trainer")
     add("--repetitions", type=_natural, default=9, help="turns of each variant; 0 only counts")
     add("--json", type=as_path, metavar="FILE", help="write all figures")
+    add("--frontier", type=as_path, metavar="FILE", help="instead of --granularity, the ways to train the network; "
+        "draw what a step takes against what it keeps; needs matplotlib")  # fmt: skip
+    add("--accuracy", nargs="+", default=[], metavar="VARIANT=RUNS/RECIPE/METHOD",
+        help="test accuracies for the frontier, of runs made by ff_lightning.results")  # fmt: skip
     add("--plot", type=as_path, metavar="FILE", help="draw memory over a step, .svg or .png; needs matplotlib")
     return parser
 

@@ -88,7 +88,7 @@ class Result:
 
     name: str
     seconds: list[float]  # of a step, the mean of each turn
-    operations: int = 0  # floating-point operations of a step, see `Course`
+    operations: int = 0  # floating-point operations of a step, the mean over the places of windows; see `Course`
     saved_peak: int = 0  # bytes kept for backward, at most
     tensor_peak: int = 0  # bytes of all tensors of a step alive, at most
     device_peak: int = 0  # bytes of the process, or of the device, that the steps added
@@ -189,7 +189,7 @@ def _seconds_of_step(variant: Variant, settings: Settings) -> float:
     variant.step()
     if settings.device != "cpu":
         torch.cuda.synchronize()
-    return variant.seconds() if variant.seconds else time.perf_counter() - start
+    return variant.seconds() if variant.seconds else (time.perf_counter() - start) / variant.passes
 
 
 def _count(variant: Variant, result: Result) -> None:
@@ -199,12 +199,12 @@ def _count(variant: Variant, result: Result) -> None:
         variant.step()
     with Alive() as alive:
         variant.step()
-    result.operations = course.operations
+    result.operations = course.operations // variant.passes
     result.saved_peak = saved.peak
     if variant.saved_peak:  # what it runs again in backward is hidden from the hooks
         result.saved_peak = variant.saved_peak()
     else:
-        result.course = (*course.points, (result.operations, saved.now))
+        result.course = (*course.points, (course.operations, saved.now))
     result.tensor_peak = max(alive.history)
     result.gradients = max(sum(p.nbytes for g in o.param_groups for p in g["params"]) for o in variant.optimizers)
     states = [value for o in variant.optimizers for of_one in o.state.values() for value in of_one.values()]

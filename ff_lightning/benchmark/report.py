@@ -34,7 +34,7 @@ def print_table(run: Run, images: int, console: Console) -> None:
     rows = {result.name: _row(result, base, images) for result in results if not result.skipped}
     headings = [heading for heading in _row(base, base, images) if any(row[heading] for row in rows.values())]
     legend = "; ".join(meaning for heading, meaning in LEGEND.items() if heading in headings)
-    table = Table("", title=escape(_title(settings)), title_justify="left", caption=legend, caption_justify="left")
+    table = Table("", title=escape(title(settings)), title_justify="left", caption=legend, caption_justify="left")
     for heading in headings:
         table.add_column(heading, justify="right")
     for name, row in rows.items():
@@ -64,7 +64,8 @@ def _row(result: Result, base: Result, images: int) -> dict[str, str]:
     }
 
 
-def _title(settings: Settings) -> str:
+def title(settings: Settings) -> str:
+    """What all variants share, in a line."""
     precision = {"32": "float32", "bf16": "bfloat16"}[settings.precision]
     return (
         f"{settings.backbone}, stem {settings.stem}, {settings.classes} classes, batch {settings.batch}, "
@@ -72,11 +73,11 @@ def _title(settings: Settings) -> str:
     )
 
 
-def _label(name: str, settings: Settings) -> str:
+def label(name: str, settings: Settings) -> str:
     """The name of a variant, as people who do not know the command read it."""
     if name == "accumulation":
         return f"backprop in {settings.micro_batches} micro-batches"
-    return name.replace("sff", "SFF by")
+    return name.replace("sff", "SFF by").replace(" head", ", head").replace(" reach", ", reach")
 
 
 def _ratio(value: float, base: float) -> str:
@@ -102,10 +103,10 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             for result in results:
                 if result.course:
                     done, kept = zip(*((count / 1e9, size / MB) for count, size in result.course), strict=True)
-                    label = f"{_label(result.name, settings)}: {result.saved_peak / MB:.0f} MB at most"
-                    (line,) = axis.step(done, kept, where="post", label=label, linewidth=1.3)
+                    name = f"{label(result.name, settings)}: {result.saved_peak / MB:.0f} MB at most"
+                    (line,) = axis.step(done, kept, where="post", label=name, linewidth=1.3)
                     axis.fill_between(done, kept, step="post", color=line.get_color(), alpha=0.15, linewidth=0)
-            axis.set_title(_title(settings), fontsize="small", wrap=True)
+            axis.set_title(title(settings), fontsize="small", wrap=True)
             axis.set(xlabel="GFLOP of the step done", ylabel="MB kept for backward", ylim=0)
             axis.spines[["top", "right"]].set_visible(False)
             axis.legend(frameon=False, loc="upper right", fontsize="small")

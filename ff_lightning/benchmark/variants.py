@@ -8,7 +8,7 @@ import io
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -68,6 +68,7 @@ class Variant:
     step: Callable[[], Any]
     modules: list[nn.Module] = field(default_factory=list)  # what `torch.compile` is applied to, one by one
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    passes: int = 1  # of a step: as many as it takes for windows to come back to where they were
     saved_peak: Callable[[], int] | None = None  # where hooks cannot count it
     seconds: Callable[[], float] | None = None  # where only a part of the step counts
 
@@ -125,29 +126,33 @@ def checkpointed(settings: Settings) -> Variant:
             del result
         return peak
 
-    return Variant(step, _bodies(blocks), [optimizer], saved_peak)
+    return Variant(step, _bodies(blocks), [optimizer], saved_peak=saved_peak)
 
 
-def local(settings: Settings, granularity: Granularity) -> Variant:
-    """Scalable Forward-Forward: backward and step of each block at once, an optimizer for each."""
-    x, y = settings.batch_of_noise()
-    return _local_steps(settings, granularity, lambda: [(x, y)])
+def local(settings: Settings, granularity: Granularity, reach: float = 1) -> Variant:
+    """Scalable Forward-Forward: backward and step of each block, or window, at once; an optimizer for each block."""
+    net = _local_net(settings, granularity, reach)
+    return _local_steps(settings, net, [settings.batch_of_noise()] * len(net.windows.placements))
 
 
-def _local_steps(settings: Settings, granularity: Granularity, batches: Callable[[], Iterable[Any]]) -> Variant:
-    net = _local_net(settings, granularity)
+def _local_steps(settings: Settings, net: LocalNet, batches: Iterable[Any]) -> Variant:
     optimizers = [_optimizer(net.block_parameters(k)) for k in range(len(net.blocks))]
 
     def step() -> None:
-        for x, y in batches():
+        for x, y in batches:
             x, y = x.to(settings.device), y.to(settings.device)
             with settings.autocast():
-                for optimizer, loss in zip(optimizers, net.local_losses(x, y), strict=True):
+                since = 0  # the border before
+                for k, loss in enumerate(net.local_losses(x, y)):
+                    if not loss.requires_grad:  # no border here: the next loss with a graph trains this block, too
+                        continue
                     loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    for optimizer in optimizers[since : k + 1]:
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    since = k + 1
 
-    return Variant(step, _bodies(net.blocks), optimizers)
+    return Variant(step, _bodies(net.blocks), optimizers, len(net.windows.placements))
 
 
 def predict(settings: Settings, granularity: Granularity | None) -> Variant:
@@ -170,7 +175,7 @@ def epoch(settings: Settings, with_trainer: bool) -> Variant:
         torch.randint(settings.classes, (settings.epoch_batches * settings.batch,)),
     )
     loader: DataLoader[Any] = DataLoader(data, settings.batch, shuffle=True)
-    return _epoch_of_trainer(settings, loader) if with_trainer else _local_steps(settings, "block", lambda: loader)
+    return _epoch_of_trainer(settings, loader) if with_trainer else _local_steps(settings, _local_net(settings), loader)
 
 
 def _epoch_of_trainer(settings: Settings, loader: "DataLoader[Any]") -> Variant:
@@ -207,9 +212,9 @@ def _epoch_of_trainer(settings: Settings, loader: "DataLoader[Any]") -> Variant:
     return Variant(step, seconds=lambda: clock.seconds)
 
 
-def _local_net(settings: Settings, granularity: Granularity) -> LocalNet:
+def _local_net(settings: Settings, granularity: Granularity = "block", reach: float = 1) -> LocalNet:
     shape = (3, settings.size, settings.size)
-    net = LocalNet(settings.model(), settings.classes, granularity, settings.head, input_shape=shape)
+    net = LocalNet(settings.model(), settings.classes, granularity, settings.head, reach=reach, input_shape=shape)
     return cast(LocalNet, settings.place(net))
 
 
@@ -223,14 +228,17 @@ def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def build(settings: Settings, name: str) -> Variant:
-    """The variant of a name that the command line or `NAMES` gives; ``"sff GRANULARITY"`` for local ones."""
-    method, _, granularity = name.partition(" ")
+    """The variant of a name: for local ones ``"sff GRANULARITY"``, and behind it ``"reach 0.4"`` or ``"head deep"``."""
+    method, *words = name.split()
+    granularity, *pairs = words or ["block"]
     cut: Granularity = int(granularity) if granularity.isdigit() else cast(Any, granularity)
+    more = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    settings = replace(settings, head=more.get("head", settings.head))
     builders: dict[str, Callable[[], Variant]] = {
         "backprop": lambda: backprop(settings),
         "checkpointing": lambda: checkpointed(settings),
         "accumulation": lambda: backprop(settings, settings.micro_batches),
-        "sff": lambda: local(settings, cut),
+        "sff": lambda: local(settings, cut, float(more["reach"]) if "reach" in more else 1),
         "model": lambda: predict(settings, None),
         "vote": lambda: predict(settings, cut),
         "loop": lambda: epoch(settings, with_trainer=False),
