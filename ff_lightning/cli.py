@@ -58,6 +58,10 @@ class _Parser(LightningArgumentParser):
         command = next((given for given in self.given if given in self.commands), "fit")
         end(text, f"ff-lightning {command} --help", f"ff-lightning {command} --model.help SFF")
 
+    def add_function_arguments(self, *args: Any, linked_targets: Any = None, **kwargs: Any) -> Any:
+        """Jsonargparse gives linked targets to what a class path stands for, but takes them for classes alone."""
+        return super().add_function_arguments(*args, **kwargs)
+
 
 def _options(parser: LightningArgumentParser) -> set[str]:
     """Names of all options, such as ``trainer.max_epochs``, and ``model.lr`` of the default model."""

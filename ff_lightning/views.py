@@ -63,7 +63,31 @@ def label_map(x: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([x, waves[:, None]], 1)
 
 
-PLACEMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"overlay": overlay, "concat": concat, "map": label_map}
+def label_token(ids: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
+    """Put the label in front, as a token of its own: (B, T) and (B, K) -> (B, 1 + T).
+
+    The ids from `vocabulary` on are those of the classes, and behind them one for the neutral label.
+
+    Args:
+        ids: (B, T), whole numbers below `vocabulary`.
+        labels: One-hot, or 1 / K for the neutral label, (B, K), floating.
+        vocabulary: Number of the ids of tokens.
+
+    Examples:
+        >>> label_token(torch.tensor([[3, 1], [0, 2]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]]), 4).tolist()
+        [[5, 3, 1], [6, 0, 2]]
+    """
+    most, classes = labels.max(1)
+    own = vocabulary + torch.where(most > 1 / labels.shape[1], classes, labels.shape[1])
+    return torch.cat([own[:, None].to(ids.dtype), ids], 1)
+
+
+PLACEMENTS: dict[str, Callable[..., Tensor]] = {
+    "overlay": overlay,
+    "concat": concat,
+    "map": label_map,
+    "token": label_token,
+}
 """By name, what puts labels (B, K) into inputs (B, ...)."""
 
 
@@ -85,9 +109,17 @@ def labelled_shape(label: str, shape: Sequence[int], num_classes: int) -> tuple[
             f"label='overlay': {num_classes} labels leave nothing of the {size} values of a sample of shape "
             f"{tuple(shape)}: give label='concat'"
         )
+    if label == "token" and len(shape) != 1:
+        raise ValueError(f"label='token' is for token ids (T,), a sample has the shape {tuple(shape)}: give 'concat'")
     if label == "map" and len(shape) != 3:
         raise ValueError(f"label='map' is for images (C, H, W), a sample has the shape {tuple(shape)}: give 'concat'")
-    return {"overlay": tuple(shape), "concat": (num_classes + size,), "map": (shape[0] + 1, *shape[1:])}[label]
+    of_label = {
+        "overlay": shape,
+        "concat": (num_classes + size,),
+        "map": (shape[0] + 1, *shape[1:]),
+        "token": (1 + size,),
+    }
+    return tuple(of_label[label])
 
 
 # ------------------------------------------------------------------------------------------------------- negative data

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 
 from ff_lightning import SFF, Backprop, LocalLearner, data
 from ff_lightning.training.factories import to_factory
-from ff_lightning.training.trust import check_stored
+from ff_lightning.training.trust import check_stored, named_class
 from tests.test_cli import DIGITS, QUICK, checkpoint, run
 
 QUIET = [*QUICK[:8], "--trainer.logger", "false"]
@@ -274,6 +274,36 @@ def test_a_run_of_the_command_line_is_loaded_as_it_was_stored(place, make_traine
         path, trainer = "again.ckpt", make_trainer(limit_train_batches=1, max_epochs=1)
         trainer.fit(model, digits)
         trainer.save_checkpoint(path)
+
+
+def test_a_network_made_by_a_function_of_ours_is_made_again(place, make_trainer):
+    run(*DIGITS, "--model.backbone", "ff_lightning.backbones.mlp", "--model.backbone.in_features", 64,
+        "--model.backbone.widths", "[20, 30]")  # fmt: skip
+    path = checkpoint(".")
+    model = SFF.load_from_checkpoint(path)
+    assert [block.map_shape for block in model.net.blocks] == [(20,), (30,)]
+    assert "test accuracy" in run("test", "--ckpt_path", path, "--trainer.logger", "false")
+    make_trainer(max_epochs=1, limit_train_batches=1).fit(model, data.Digits())
+    assert model.hparams["backbone"]["init_args"]["widths"] == [20, 30]
+
+
+@pytest.mark.parametrize(
+    "path", ["ff_lightning.backbones.cfse", "torchvision.models.resnet18", "torchvision.models.vgg.vgg11"]
+)
+def test_functions_that_make_networks_may_be_named(path):
+    assert callable(named_class("backbone", path, (torch.nn.Module,)))
+    with pytest.raises(ValueError, match="is not a subclass of Optimizer"):
+        named_class("optimizer", path, (torch.optim.Optimizer,))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["ff_lightning.backbones.build_backbone", "torchvision.models.get_model", "torch.hub.load", "torch.load",
+     "torchvision.models.vgg._vgg", "ff_lightning.local.ffnet.mlp"],
+)  # fmt: skip
+def test_other_functions_may_not(path):
+    with pytest.raises(ValueError, match="is not a subclass of Module"):
+        named_class("backbone", path, (torch.nn.Module,))
 
 
 def test_what_another_command_line_makes_of_a_class_is_stored():

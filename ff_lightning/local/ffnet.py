@@ -8,24 +8,25 @@ Shapes: B batch, K classes, L blocks, N features of a block, C channels.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ff_lightning.heads.layers import position_means, without_padding
+from ff_lightning.local.chain import OfBlock
 from ff_lightning.local.net import LocalNet
 from ff_lightning.local.objectives import Objective, Place
-from ff_lightning.partition import Granularity
-from ff_lightning.util.arguments import check_choice, check_number, for_each, is_whole, shown
-from ff_lightning.views import NEGATIVES, PLACEMENTS, hard_labels, hybrids, labelled_shape, wrong_labels
+from ff_lightning.partition import Block, Example, Granularity
+from ff_lightning.partition.inputs import MASKS
+from ff_lightning.util.arguments import check_choice, check_number, check_whole, for_each, is_whole, shown
+from ff_lightning.views import NEGATIVES, PLACEMENTS, hard_labels, hybrids, label_token, labelled_shape, wrong_labels
 
-GOODNESS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda features: features.flatten(1).square().sum(1),
-    "mean": lambda features: features.flatten(1).square().mean(1),
-}
-"""By name, the goodness (B,) of features (B, ...)."""
+GOODNESS = ("sum", "mean")
+"""What the goodness of a block is: of the squares of its features."""
 
 
 class PassThroughReLU(nn.ReLU):
@@ -38,6 +39,8 @@ class PassThroughReLU(nn.ReLU):
 
 def mlp(inputs: int, widths: Sequence[int]) -> nn.Sequential:
     """Layers of Forward-Forward: of each width a linear one and a `PassThroughReLU`."""
+    for width in widths:
+        check_whole("widths", width)
     sizes = [inputs, *widths]
     layers = ((nn.Linear(sizes[k], width), PassThroughReLU()) for k, width in enumerate(widths))
     return nn.Sequential(nn.Flatten(), *(module for layer in layers for module in layer))
@@ -74,28 +77,36 @@ class ThresholdObjective(Objective):
         check_number("peer", peer, least=0)
         values = for_each("theta", theta, place.blocks, partial(check_number, above=0), "block")
         self.goodness, self.sign, self.peer = goodness, sign, peer
-        self.features = torch.Size(place.shape).numel()
         self.register_buffer("theta", torch.tensor(float(values[place.number])))
         self.register_buffer("activity", torch.full((place.shape[0],), 0.5))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """How far goodness is on the side of positive data, (B, ...) -> (B,), float32."""
-        theta = self.theta * self.features if self.goodness == "sum" else self.theta
-        return self.sign * (GOODNESS[self.goodness](features.float()) - theta)
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """How far goodness is on the side of positive data, (B, ...) -> (B,), float32; padding has no part in it."""
+        features = (features if mask is None else without_padding(features, mask)).float().flatten(1)
+        size = features.shape[1] if mask is None else mask.sum(1) * (features.shape[1] // mask.shape[1])
+        squares = features.square().sum(1)
+        return self.sign * (squares - self.theta * size if self.goodness == "sum" else squares / size - self.theta)
 
-    def loss(self, features: Tensor, target: Tensor) -> Tensor:
+    def loss_and_scores(
+        self, features: Tensor, target: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Mean of ``softplus(-logit)`` of positive and ``softplus(logit)`` of negative data, plus the peer term.
 
         Args:
             features: (B, ...).
             target: 1 for positive and 0 for negative data, (B,), floating.
+            mask: Of tokens: False at padding, (B, T).
         """
-        loss = F.binary_cross_entropy_with_logits(self(features), target)
-        return loss + self.peer * self._peer_term(features[target > 0.5]) if self.peer else loss
+        loss = F.binary_cross_entropy_with_logits(self(features, mask), target)
+        if self.peer:
+            positive = target > 0.5
+            loss = loss + self.peer * self._peer_term(features[positive], None if mask is None else mask[positive])
+        return loss, None
 
-    def _peer_term(self, positive: Tensor) -> Tensor:
+    def _peer_term(self, positive: Tensor, mask: Tensor | None) -> Tensor:
         """The variance of the running means of the channels."""
-        of_batch = positive.float().transpose(0, 1).flatten(1).mean(1)
+        by_channel = positive.float().movedim(1, -1)
+        of_batch = (by_channel if mask is None else by_channel[mask]).flatten(0, -2).mean(0)
         means = 0.9 * self.activity + 0.1 * of_batch
         if self.training and torch.is_grad_enabled():
             self.activity.copy_(means.detach())
@@ -112,7 +123,7 @@ class FFNet(LocalNet):
         model: The network, for inputs with a label in them; see `ff_lightning.views.labelled_shape`.
         num_classes: K.
         input_shape: Of a sample without its label.
-        label: Where the label goes: ``"overlay"``, ``"concat"`` or ``"map"``; see `ff_lightning.views`.
+        label: Where the label goes: ``"overlay"``, ``"concat"``, ``"map"`` or ``"token"``; see `ff_lightning.views`.
         negatives: Wrong labels that are ``"uniform"`` among all others or ``"hard"``, drawn from the read-out's scores;
             ``"hybrid"`` images, which need no label; or a function (classes (B,), K) -> wrong classes (B,).
         granularity: Where to cut; see `ff_lightning.partition`.
@@ -120,6 +131,8 @@ class FFNet(LocalNet):
         goodness: See `ThresholdObjective`, and there for sign and peer.
         voters: Numbers of the blocks that count at test; None: all.
         readout_from: Number of the first block that the read-out sees; None: 1, or 0 if there is no other.
+        vocabulary: Number V of token ids, for a label that is a token. The network takes V + K + 1 ids, those of the
+            classes and a neutral one behind the others, and one token more than a sample has.
 
     Raises:
         ValueError: If an argument is out of its range, or if the network does not take the labelled inputs.
@@ -139,75 +152,89 @@ class FFNet(LocalNet):
         peer: float = 0.03,
         voters: Sequence[int] | None = None,
         readout_from: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         shape = labelled_shape(label, input_shape, num_classes)
+        if (label == "token") != (vocabulary is not None):
+            raise ValueError(
+                f"label={label!r} and vocabulary={vocabulary}: token ids take 'token', others another label"
+            )
+        if label == "token" and negatives == "hybrid":
+            raise ValueError("negatives='hybrid' mixes two images: for token ids give 'uniform' or 'hard'")
         if not callable(negatives):
             check_choice("negatives", negatives, NEGATIVES, f"one of {list(NEGATIVES)}, or a function (classes, K)")
-        try:
-            with torch.no_grad():
-                model(torch.zeros(2, *shape))
-        except RuntimeError as error:
-            raise ValueError(
-                f"label={label!r} makes samples of shape {shape}, which the network does not take: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+        ids = None if vocabulary is None else vocabulary + num_classes + 1
+        if ids is None:
+            _check_takes(model, shape, label)
         make = partial(ThresholdObjective, theta=theta, goodness=goodness, sign=sign, peer=peer)
-        super().__init__(model, num_classes, granularity, norm="length", input_shape=shape, loss=make)
+        super().__init__(model, num_classes, granularity, norm="length", input_shape=shape, loss=make, vocabulary=ids)
         blocks = len(self.blocks)
         readout_from = min(1, blocks - 1) if readout_from is None else readout_from
         for name, value, numbers in (("voters", voters, voters or ()), ("readout_from", readout_from, [readout_from])):
             if not all(is_whole(k) and 0 <= k < blocks for k in numbers):
                 raise ValueError(f"{name}={shown(value)}: the blocks are 0 to {blocks - 1}")
         self.voters = frozenset(voters) if voters else None
-        self.place_label = PLACEMENTS[label]
+        self.place_label = PLACEMENTS[label] if vocabulary is None else partial(label_token, vocabulary=vocabulary)
+        self.words = None if ids is None else replace(self.inputs, vocabulary=vocabulary, longest=input_shape[0])
         self.negatives = negatives
         self.readout_from = readout_from
-        sizes = [torch.Size(block.map_shape).numel() for block in self.blocks]  # type: ignore[arg-type]
+        shapes = [cast(Block, block).map_shape for block in self.blocks]
+        sizes = [torch.Size(shape if ids is None else shape[:1]).numel() for shape in shapes]
         self.readout = nn.Linear(sum(sizes[readout_from:]), num_classes)
 
     # ---------------------------------------------------------------------------------------------------------- inputs
 
-    def with_label(self, x: Tensor, target: Tensor | None = None) -> Tensor:
-        """Inputs with a label in them, of mean square 1.
+    def with_label(self, x: Example, target: Tensor | None = None) -> Example:
+        """Inputs with a label in them, of mean square 1 unless they are token ids.
 
         Args:
-            x: (B, ...).
+            x: (B, ...); token ids (B, T) with their mask, if there is padding.
             target: Classes, (B,); None: the neutral label.
         """
+        main, *masks = self._parts(x)
         if target is None:
-            labels = x.new_full((x.shape[0], self.num_classes), 1 / self.num_classes)
+            labels = torch.full((len(main), self.num_classes), 1 / self.num_classes, device=main.device)
         else:
-            labels = F.one_hot(target, self.num_classes).to(x.dtype)
-        return mean_square_1(self.place_label(x, labels))
+            labels = F.one_hot(target, self.num_classes)
+        placed = self.place_label(
+            main, labels.to(main.dtype if main.is_floating_point() else torch.get_default_dtype())
+        )
+        if self.words is None:
+            return mean_square_1(placed)
+        counts = [torch.full_like(mask[:, :1], MASKS[cast(str, self.words.mask)]) for mask in masks]
+        return (placed, *(torch.cat([count, mask], 1) for count, mask in zip(counts, masks, strict=True)))
 
-    def pairs(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    def pairs(self, x: Example, target: Tensor | None) -> tuple[Example, Tensor]:
         """Positive and then negative inputs, (2 B, ...), and ones and zeros for them, (2 B,)."""
+        parts = self._parts(x)
+        kinds = torch.ones(len(parts[0]), device=parts[0].device)
+        kinds = torch.cat([kinds, 1 - kinds])
         if self.negatives == "hybrid":
-            both = mean_square_1(torch.cat([x, hybrids(x)]))
+            return mean_square_1(torch.cat([*parts, hybrids(parts[0])])), kinds
+        assert target is not None
+        if self.negatives == "hard":
+            with torch.no_grad():
+                wrong = hard_labels(target, self.readout(self.states(x)))
+        elif callable(self.negatives):
+            wrong = self.negatives(target, self.num_classes)
         else:
-            assert target is not None
-            if self.negatives == "hard":
-                with torch.no_grad():
-                    wrong = hard_labels(target, self.readout(self.states(x)))
-            elif callable(self.negatives):
-                wrong = self.negatives(target, self.num_classes)
-            else:
-                wrong = wrong_labels(target, self.num_classes)
-            both = self.with_label(torch.cat([x, x]), torch.cat([target, wrong]))
-        return both, torch.cat([x.new_ones(len(x)), x.new_zeros(len(x))])
+            wrong = wrong_labels(target, self.num_classes)
+        return self.with_label([torch.cat([part, part]) for part in parts], torch.cat([target, wrong])), kinds
 
-    def _losses(  # type: ignore[override]  # a label goes into a single tensor
-        self,
-        x: Tensor,
-        y: Tensor,
-        see: Callable[[int, Tensor], None] | None,
-        scaler: torch.amp.GradScaler | None,
+    def _parts(self, x: Example) -> Sequence[Tensor]:
+        """The input and, of token ids, their mask."""
+        if self.words is not None:
+            return self.words.values(x)
+        return (x,) if isinstance(x, Tensor) else [*x]
+
+    def _losses(
+        self, x: Example, y: Tensor, see: Callable[[int, Tensor], None] | None, scaler: torch.amp.GradScaler | None
     ) -> Iterator[tuple[Tensor, bool]]:
         return super()._losses(*self.pairs(x, y), None, scaler)
 
     # --------------------------------------------------------------------------------------------------------- answers
 
-    def local_goodness(self, x: Tensor) -> Generator[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def local_goodness(self, x: Example) -> Generator[Tensor, Tensor | None, None]:
         """How well each label goes with the input, at one block after the other: (B, K) each, float32.
 
         With hybrid negatives, which know no label, the block's part in the scores of the read-out.
@@ -215,31 +242,50 @@ class FFNet(LocalNet):
         if self.negatives == "hybrid":
             yield from self._parts_of_readout(x)
             return
-        every = torch.arange(self.num_classes, device=x.device).repeat(x.shape[0])  # len() is a constant of an export
-        passing: Any = super().local_goodness(self.with_label(x.repeat_interleave(self.num_classes, 0), every))
+        parts = self._parts(x)
+        every = torch.arange(self.num_classes, device=parts[0].device).repeat(
+            parts[0].shape[0]
+        )  # no len() in an export
+        tried = self.with_label([part.repeat_interleave(self.num_classes, 0) for part in parts], every)
+        passing: Any = super().local_goodness(tried)
         stay: Tensor | None = None
         for _ in self.blocks:
             rows = None if stay is None else stay.repeat_interleave(self.num_classes)
             stay = yield passing.send(rows).view(-1, self.num_classes)
 
-    def states(self, x: Tensor) -> Tensor:
+    def states(self, x: Example) -> Tensor:
         """What the read-out sees: the normalised features of its blocks for the neutral label, (B, D), detached."""
         return torch.cat(self.neutral_features(x)[self.readout_from :], 1)
 
     @torch.no_grad()
-    def neutral_features(self, x: Tensor) -> list[Tensor]:
-        """The normalised features of each block for the neutral label, (B, N) each, detached."""
-        neutral = mean_square_1(x) if self.negatives == "hybrid" else self.with_label(x)
+    def neutral_features(self, x: Example) -> list[Tensor]:
+        """The normalised features of each block for the neutral label, (B, N) each, detached; of tokens, their mean."""
+        if self.words is not None:
+            of_block: OfBlock = lambda k, features, mask: position_means(features, mask)  # noqa: E731
+            return list(self._each(self.with_label(x), of_block, for_head=False))
+        neutral = mean_square_1(self._parts(x)[0]) if self.negatives == "hybrid" else self.with_label(x)
         return [features.flatten(1) for features in self.local_features(neutral)]
 
-    def _parts_of_readout(self, x: Tensor) -> Iterator[Tensor]:
+    def _parts_of_readout(self, x: Example) -> Iterator[Tensor]:
         start = 0
         for k, features in enumerate(self.neutral_features(x)):
             if k < self.readout_from:
-                yield features.new_zeros(x.shape[0], self.num_classes)
+                yield features.new_zeros(features.shape[0], self.num_classes)
             else:
                 yield F.linear(features, self.readout.weight[:, start : start + features.shape[1]])
                 start += features.shape[1]
+
+
+def _check_takes(model: nn.Module, shape: Sequence[int], label: str) -> None:
+    """Raise ValueError unless a network takes samples of a shape, with their label."""
+    try:
+        with torch.no_grad():
+            model(torch.zeros(2, *shape))
+    except RuntimeError as error:
+        raise ValueError(
+            f"label={label!r} makes samples of shape {tuple(shape)}, which the network does not take: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def mean_square_1(x: Tensor) -> Tensor:

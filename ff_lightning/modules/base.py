@@ -198,13 +198,18 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         return [[p for module in modules for p in module.parameters() if p.requires_grad] for modules in self._units]
 
     def build_backbone(
-        self, backbone: Backbone, stem: Stem, weights: str | None, input_shape: Sequence[int] | None = None
+        self,
+        backbone: Backbone,
+        stem: Stem,
+        weights: str | None,
+        input_shape: Sequence[int] | None = None,
+        more_ids: int = 0,
     ) -> nn.Module:
-        """The network itself, or the one of this name for samples of a shape, that of the data; see `backbones`."""
+        """The network itself, or the one of this name for samples of a shape and ids, by default those of the data."""
         check_choice("stem", stem, get_args(Stem))
         if isinstance(backbone, str):
-            shape = input_shape or self.input_shape
-            return build_backbone(backbone, self.num_classes, shape, stem, weights, self.vocabulary)
+            shape, vocabulary = input_shape or self.input_shape, self.vocabulary and self.vocabulary + more_ids
+            return build_backbone(backbone, self.num_classes, shape, stem, weights, vocabulary)
         if isinstance(backbone, Mapping):
             backbone = cast(nn.Module, to_factory("backbone", backbone, nn.Module)())
         check_network("backbone", backbone, "the name of a network or ")

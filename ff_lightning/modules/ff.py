@@ -16,7 +16,7 @@ from ff_lightning.partition import Granularity
 from ff_lightning.tasks import Unlabelled
 from ff_lightning.training.plain import to_plain
 from ff_lightning.training.schedules import Schedule
-from ff_lightning.util.arguments import check_number, check_whole, shown
+from ff_lightning.util.arguments import check_number, shown
 from ff_lightning.views import labelled_shape
 
 
@@ -36,8 +36,8 @@ class FF(LocalLearner):
         widths: Units of each layer of the plain network; None: 500, 500, 500.
         num_classes: K. The command line takes it from the data.
         input_shape: Of a sample; None: (3, 32, 32). The command line takes it from the data.
-        label: Where the label is written: ``"overlay"`` (into the first K pixels), ``"concat"`` (before a vector) or
-            ``"map"`` (into one more channel, for images without a dark border).
+        label: Where the label is written: ``"overlay"`` (into the first K pixels), ``"concat"`` (before a vector),
+            ``"map"`` (one more channel, for images without a dark border) or ``"token"`` (before token ids).
         negatives: What negative data are: inputs with wrong labels, drawn uniformly (``"uniform"``), from the
             read-out's scores (``"hard"``) or by a function (classes (B,), K) -> wrong classes (B,); or ``"hybrid"``
             images without labels.
@@ -68,7 +68,7 @@ class FF(LocalLearner):
         widths: list[int] | None = None,
         num_classes: int | None = None,
         input_shape: tuple[int, ...] | None = None,
-        label: Literal["overlay", "concat", "map"] = "overlay",
+        label: Literal["overlay", "concat", "map", "token"] = "overlay",
         negatives: Literal["uniform", "hard", "hybrid"] | Callable[[Tensor, int], Tensor] = "uniform",
         theta: list[float] | float = 1.0,  # the list first: the command line takes the first type that fits
         goodness: Literal["sum", "mean"] = "sum",
@@ -100,26 +100,26 @@ class FF(LocalLearner):
             raise ValueError(f"negatives={shown(negatives)} are wrong labels: without labels give 'hybrid'")
         shape = labelled_shape(label, self.input_shape, self.num_classes)
         if backbone is None:
-            for width in widths or ():
-                check_whole("widths", width)
+            if label == "token":
+                raise ValueError("label='token' needs a backbone for token ids, such as 'text'")
             backbone = mlp(torch.Size(shape).numel(), widths or [500, 500, 500])
         elif widths is not None:
             raise ValueError(f"widths={shown(widths)} and a backbone: give one of them")
-        network = self.build_backbone(backbone, stem, weights, shape)
+        network = self.build_backbone(backbone, stem, weights, shape, more_ids=self.num_classes + 1)
         self.net = FFNet(
             network, self.num_classes, self.input_shape, label, negatives, granularity, theta, goodness, sign, peer,
-            voters, readout_from,
+            voters, readout_from, self.vocabulary,
         )  # fmt: skip
         self.readout_rates = {"lr": readout_lr, "weight_decay": readout_decay}
         self.set_units({**self.net.units(), "readout": [self.net.readout]})
 
     def local_updates(self, batch: Any) -> Iterator[Update]:
         """The updates of the blocks, from the input on, and that of the read-out, once the last block is trained."""
-        (x,), target = self.inputs_and_target(batch)
+        inputs, target = self.inputs_and_target(batch)
         loss = None
         if target is not None and len(self.net.blocks) - 1 in self.net.trained:
-            loss = self.criterion(self.net.readout(self.net.states(x)), target)  # of the weights before any step
-        yield from self.net.updates(x, target)
+            loss = self.criterion(self.net.readout(self.net.states(inputs)), target)  # of the weights before any step
+        yield from self.net.updates(inputs, target)
         if loss is not None:
             yield Update((len(self.unit_names) - 1,), loss, (loss.detach(),))
 
@@ -127,7 +127,7 @@ class FF(LocalLearner):
         """Goodness of each label at each block, and the scores of the read-out: (L + 1, B, K)."""
         if isinstance(self.task, Unlabelled):
             return None
-        return torch.cat([self.net.goodness(*inputs), self.net.readout(self.net.states(*inputs))[None]])
+        return torch.cat([self.net.goodness(inputs), self.net.readout(self.net.states(inputs))[None]])
 
     def vote(self, scores: Tensor) -> Tensor:
         """The mean goodness of the blocks that count."""
@@ -139,7 +139,7 @@ class FF(LocalLearner):
 
     def block_features(self, *inputs: Any) -> list[Tensor]:
         """The same of each block by itself, (B, N) each."""
-        return self.net.neutral_features(*inputs)
+        return self.net.neutral_features(inputs)
 
     def unit_key(self, k: int) -> str:
         """What figures of unit k are logged by."""

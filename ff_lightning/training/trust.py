@@ -2,8 +2,9 @@
 
 A checkpoint is read without running code (``weights_only``), but its hyper-parameters name classes, and those are
 called. So they are checked first. A checkpoint may name subclasses of `KINDS` from `PACKAGES` or from modules that are
-already imported; no other module is imported for it, and it cannot name a function. Names in the user's own command
-line, YAML or Python are not checked.
+already imported; no other module is imported for it. Of functions it may name those that make a network of
+`ff_lightning.backbones` or of torchvision's models. Names in the user's own command line, YAML or Python are not
+checked.
 """
 
 import functools
@@ -25,7 +26,9 @@ from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchvision import models
 
+from ff_lightning.backbones import cfse, cnn, local, mlp, signal, text
 from ff_lightning.tasks import Task
 from ff_lightning.training.checkpoint_io import check_whole, fetched, read
 from ff_lightning.training.lightning_private import INSTANTIATOR, hyperparameters_given, restricted_classmethod
@@ -36,6 +39,8 @@ PACKAGES = ("torch", "torchvision", "lightning", "ff_lightning")
 KINDS = (Optimizer, LRScheduler, nn.Module, LightningDataModule, Task)
 """A checkpoint may name their subclasses."""
 
+_NETWORKS = (cfse, cnn, local, mlp, signal, text)
+
 _TEXT = re.compile(r"([\w/~.][\w ./,+=()%@~-]*)?")
 """Text that YAML takes for text or a number, and for no list or mapping: the command line reads a value as YAML."""
 
@@ -43,8 +48,8 @@ _DATA = (str, bytes, int, float, complex, bool, type(None), Path)
 _CONTAINERS = (Mapping, Sequence, Set)
 
 
-def named_class(argument: str, path: Any, kinds: tuple[type, ...] = KINDS) -> type:
-    """The class that a class path stands for, if a checkpoint may name it.
+def named_class(argument: str, path: Any, kinds: tuple[type, ...] = KINDS) -> Any:
+    """The class, or the function that makes a network, that a class path stands for, if a checkpoint may name it.
 
     Args:
         argument: For the error.
@@ -56,6 +61,8 @@ def named_class(argument: str, path: Any, kinds: tuple[type, ...] = KINDS) -> ty
     """
     found = _find(path)
     if isinstance(found, type) and issubclass(found, kinds):
+        return found
+    if nn.Module in kinds and _makes_network(found):
         return found
     module = str(path).rpartition(".")[0]
     if found is not None:
@@ -69,11 +76,16 @@ def named_class(argument: str, path: Any, kinds: tuple[type, ...] = KINDS) -> ty
 
 def is_nameable(thing: Any) -> bool:
     """Whether a checkpoint that names this can be loaded again."""
-    return (
-        isinstance(thing, type)
-        and issubclass(thing, KINDS)
-        and _find(f"{thing.__module__}.{thing.__qualname__}") is thing
-    )
+    known = issubclass(thing, KINDS) if isinstance(thing, type) else _makes_network(thing)
+    return known and _find(f"{thing.__module__}.{thing.__qualname__}") is thing
+
+
+def _makes_network(thing: Any) -> bool:
+    """Whether this is one of our functions or of torchvision's that make a network and do nothing else."""
+    if thing in _NETWORKS:
+        return True
+    name = getattr(thing, "__name__", "")
+    return inspect.isfunction(thing) and name in models.list_models() and models.get_model_builder(name) is thing
 
 
 def _find(path: Any) -> Any:
