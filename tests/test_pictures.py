@@ -10,10 +10,11 @@ from PIL import Image
 from torch import nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from ff_lightning import SFF, LocalNet, data, modules
+from ff_lightning import FF, SFF, LocalNet, data, modules
 from ff_lightning.callbacks import Pictures
 from ff_lightning.callbacks.pictures import MAPPED, MISTAKES
 from ff_lightning.drawing.epochs import read_log
+from ff_lightning.drawing.fields import FIELDS, first_fields
 from ff_lightning.drawing.figure import SHOWN, shown_units
 from ff_lightning.drawing.images import goodness_maps
 from ff_lightning.drawing.plane import Samples
@@ -22,7 +23,7 @@ from tests.methods import CASES
 from tests.test_cli import DIGITS, QUICK, run
 
 SHAPE = {"num_classes": 10, "input_shape": (1, 8, 8)}
-NAMES = ("blocks", "confusion", "confusion_of_blocks", "features", "goodness", "maps", "mistakes")
+NAMES = ("blocks", "confusion", "confusion_of_blocks", "features", "fields", "goodness", "maps", "mistakes")
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,19 @@ def test_the_log_is_read_in_epochs(tmp_path, digits, make_trainer, kind):
     assert read_log(tmp_path / "none", "acc") == {}
 
 
+def test_fields_are_the_weights_of_the_first_layer_for_the_pixels():
+    dense = FF(widths=[80, 20], label="concat", **SHAPE)
+    weight = next(dense.net.parameters())
+    fields = first_fields(dense, (1, 8, 8))
+    assert fields.shape == (FIELDS, 1, 8, 8)
+    assert torch.equal(fields[0].flatten(), weight[0, 10:]), "the label stands in front"
+    assert torch.equal(fields[-1].flatten(), weight[-1, 10:])
+    mapped = nn.Conv2d(2, 4, 3)
+    assert torch.equal(first_fields(mapped, (1, 8, 8)), mapped.weight[:, :1]), "the label is a channel"
+    for other in (nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3), nn.Linear(10, 5), nn.Embedding(4, 4), nn.ReLU()):
+        assert first_fields(other, (4, 8, 8)) is None
+
+
 def test_on_the_command_line_with_the_names_of_the_data(tmp_path, monkeypatch, image_folder):
     root = image_folder(size=(8, 8))
     monkeypatch.chdir(tmp_path)
@@ -146,7 +160,7 @@ def test_on_the_command_line_with_the_names_of_the_data(tmp_path, monkeypatch, i
     assert "cat" in (tmp_path / "pictures/confusion.svg").read_text()
 
 
-ANSWERS = {"confusion", "goodness", "mistakes", "features"}
+ANSWERS = {"confusion", "goodness", "mistakes", "features", "fields"}
 BLOCKS = {"confusion_of_blocks", "blocks"}
 DRAWN = {
     "Backprop": ANSWERS,
@@ -154,7 +168,7 @@ DRAWN = {
     "FF": ANSWERS | BLOCKS,
     "PFF": ANSWERS | BLOCKS,
     "RecurrentFF": ANSWERS | BLOCKS,
-    "SCFF": {"features"},
+    "SCFF": {"features", "fields"},
     "SFF": ANSWERS | BLOCKS | {"maps"},
 }
 
@@ -200,7 +214,7 @@ def test_texts(tmp_path, make_trainer):
     module = data.Text(str(tmp_path / "texts.csv"), length=8, test_fraction=0.5, batch_size=16)
     shape = {"num_classes": 2, "input_shape": (8,), "vocabulary": module.vocabulary}
     model = SFF("text", **shape)
-    assert draw(tmp_path / "p", model, module, make_trainer) == ANSWERS - {"mistakes"} | BLOCKS
+    assert draw(tmp_path / "p", model, module, make_trainer) == ANSWERS - {"mistakes", "fields"} | BLOCKS
 
 
 def test_what_cannot_be_drawn_is_refused_before_the_test(tmp_path, make_trainer, monkeypatch):

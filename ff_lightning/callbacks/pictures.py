@@ -15,6 +15,7 @@ from torch import Tensor
 from ff_lightning.drawing.answers import draw_accuracies, draw_goodness
 from ff_lightning.drawing.confusion import draw_confusion, draw_confusions
 from ff_lightning.drawing.epochs import draw_epochs, read_log
+from ff_lightning.drawing.fields import draw_fields, first_fields
 from ff_lightning.drawing.figure import panel_titles, save, shown_units
 from ff_lightning.drawing.images import Answered, draw_maps, draw_mistakes, goodness_maps
 from ff_lightning.drawing.plane import Samples, draw_plane, rows
@@ -35,6 +36,7 @@ class Pictures(Callback):
     - ``goodness``: of the true class against that of the best wrong one, for units and vote.
     - ``blocks``: the accuracy of each unit.
     - ``maps``: where in an image the goodness of the true class is above that of the best wrong one.
+    - ``fields``: what units of the first layer look for, its weights as images.
     - ``features``: those of each block in the plane, by t-SNE.
     - ``epochs``: the accuracy of each unit over the epochs, from the log of the run that wrote the checkpoint.
 
@@ -106,8 +108,8 @@ class Pictures(Callback):
         answers = scores[[*self.shown, -1]].argmax(2)  # (P, B)
         if not len(self.confusions):
             self.confusions = torch.zeros(len(answers), classes, classes, dtype=torch.int64)
-        fields = (torch.arange(len(answers))[:, None] * classes + target) * classes + answers
-        self.confusions.view(-1).index_add_(0, fields.flatten(), torch.ones(fields.numel(), dtype=torch.int64))
+        cells = (torch.arange(len(answers))[:, None] * classes + target) * classes + answers
+        self.confusions.view(-1).index_add_(0, cells.flatten(), torch.ones(cells.numel(), dtype=torch.int64))
         true = target.expand(len(scores), -1)[..., None]
         rivals, rival = scores.scatter(2, true, -math.inf).max(2)
         self.pairs.append(torch.stack([scores.gather(2, true)[..., 0], rivals], 2))
@@ -137,6 +139,7 @@ class Pictures(Callback):
         maps = {} if no_images else self._maps(trainer, learner, titles)
         figure = learner.task.monitor[0].rpartition("/")[2]
         courses = self._courses(trainer, figure)
+        fields = first_fields(learner, learner.input_shape)
         pairs = torch.cat(self.pairs, 1) if self.pairs else torch.zeros(1, 0, 2)
         pictures: dict[str, tuple[str, Callable[[], Any]]] = {
             "confusion": (no_answers, lambda: draw_confusion(self.confusions[-1], self.names)),
@@ -154,6 +157,10 @@ class Pictures(Callback):
             "maps": (
                 no_images or ("" if maps else "no head has them"),
                 lambda: draw_maps(self._mapped, maps, self.names, self.statistics),
+            ),
+            "fields": (
+                "" if fields is not None else "the first layer has no weights that are images",
+                lambda: draw_fields(cast(Tensor, fields)),
             ),
             "features": (
                 "" if len(self.samples.classes) > 2 else "no features of classes",
