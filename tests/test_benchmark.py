@@ -31,7 +31,9 @@ def test_tensors_alive_are_counted_exactly():
     assert max(alive.history) == 800
 
 
-@pytest.mark.parametrize("name", [*FRONTIER, "sff 2"])
+@pytest.mark.parametrize(
+    "name", [name for name in FRONTIER if "reach" not in name] + ["sff 2", "sff block reach 0.9", "sff block reach 1.0"]
+)
 def test_a_step_trains_every_parameter_and_leaves_no_gradient(name):
     variant = build(SETTINGS, name)
     before = [p.detach().clone() for p in variant.parameters]
@@ -57,6 +59,30 @@ def test_windows_come_back_in_a_step_to_where_they_were_and_train_as_the_loss_of
     _count(build(SETTINGS, "sff block"), shortest := Result("", []))
     _count(build(SETTINGS, "sff block reach 1.0"), longest := Result("", []))
     assert shortest.operations < mean.operations < longest.operations
+
+
+def test_gradients_of_a_window_are_alive_at_once():
+    found = {}
+    for name in ("backprop", "sff block", "sff block reach 1.0"):
+        variant = build(SETTINGS, name)
+        _count(variant, result := Result(name, []))
+        found[name] = result.gradients
+        total = sum(p.nbytes for p in variant.parameters)
+        assert (result.gradients == total) == (name != "sff block")
+    assert found["sff block"] < found["backprop"] < found["sff block reach 1.0"], "the heads have gradients, too"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sff block reach 0.1", "reach=0.1: block .* by itself keeps"),
+        ("sff block reach", "may be 'reach R' and 'head NAME'"),
+        ("sff block speed 3", "may be 'reach R' and 'head NAME'"),
+    ],
+)
+def test_a_variant_that_is_none_is_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        build(SETTINGS, name)
 
 
 def test_saved_by_checkpointing_is_the_inputs_and_one_block():
@@ -161,6 +187,9 @@ def test_a_variant_that_cannot_run_is_skipped_with_its_reason(capsys):
         (["--json", "nowhere/figures.json"], "nowhere/figures.json does not exist"),
         (["--frontier", "nowhere/frontier.png"], "nowhere/frontier.png does not exist"),
         (["--frontier", "f.png", "--what", "inference"], "--frontier: takes --what train"),
+        (["--frontier", "f.png", "--compile"], "and no --compile"),
+        (["--frontier", "f.txt"], "f.txt: must end in .svg or .png"),
+        (["--plot", "f.jpg"], "f.jpg: must end in .svg or .png"),
         (["--frontier", "f.png", "--accuracy", "sff blok=runs/a/sff"], "must be VARIANT=RUNS/RECIPE/METHOD"),
         (["--frontier", "f.png", "--accuracy", "sff block=nowhere/a/sff"], "no finished run nowhere/a/sff-SEED"),
         (["--accuracy", "sff block=runs/a/sff"], "is drawn by --frontier FILE alone"),

@@ -1,5 +1,7 @@
 """Forward-Forward on token ids: the label is a token in front of the others."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -74,6 +76,14 @@ def test_padding_changes_neither_the_goodness_nor_the_readout():
     torch.testing.assert_close(ff.states(padded), ff.states(short))
 
 
+def test_a_block_that_ends_in_a_norm_is_named():
+    with pytest.warns(UserWarning, match=r"blocks \['layers.1'\] end in a norm"):
+        net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FFNet(Words(), CLASSES, (LENGTH,), "token", vocabulary=WORDS)
+
+
 def test_it_tells_texts_apart_by_their_words(make_trainer):
     torch.manual_seed(0)
     y = torch.arange(300) % CLASSES
@@ -81,7 +91,7 @@ def test_it_tells_texts_apart_by_their_words(make_trainer):
     ids[torch.arange(300), torch.randint(LENGTH, (300,))] = y  # one word says it
     loader = DataLoader(TensorDataset(ids, y), batch_size=30)
     model = FF(Words(), label="token", vocabulary=WORDS, num_classes=CLASSES, input_shape=(LENGTH,), goodness="mean",
-               voters=[1, 2], optimizer=torch.optim.AdamW, lr=0.01)  # fmt: skip
+               optimizer=torch.optim.AdamW, lr=0.01)  # fmt: skip
     trainer = make_trainer(max_epochs=20, limit_train_batches=1.0, limit_val_batches=1.0)
     trainer.fit(model, loader, loader)
     assert trainer.callback_metrics["val/acc"] > 0.9
@@ -93,6 +103,16 @@ def test_it_tells_texts_apart_by_their_words(make_trainer):
     [
         (lambda: net(negatives="hybrid"), "negatives='hybrid' mixes two images"),
         (lambda: net(vocabulary=None), "label='token' and vocabulary=None"),
+        (lambda: net(vocabulary=0), "vocabulary=0: must be at least 1"),
+        (
+            lambda: net(vocabulary=WORDS + 1),
+            "makes 17 ids, those of the label behind the 13 others, and 7 of them in a",
+        ),
+        (
+            lambda: FFNet(text(CLASSES, IDS, LENGTH, 16, 1, 2), CLASSES, (LENGTH,), "token", vocabulary=WORDS),
+            "7 of them in a sample, which the network does not take: index out of range",
+        ),
+        (lambda: network().goodness((torch.zeros(2, 1, 8, 8), torch.zeros(2))), "takes one tensor"),
         (lambda: network(vocabulary=WORDS), "label='overlay' and vocabulary=12: token ids take 'token'"),
         (lambda: network(label="token", vocabulary=WORDS), r"label='token' is for token ids \(T,\).*\(1, 8, 8\)"),
         (

@@ -70,8 +70,11 @@ def _checked(parser: argparse.ArgumentParser, args: Sequence[str] | None) -> arg
     if arguments.plot or arguments.frontier:
         with in_one_line():
             needs("matplotlib", "plot")
-    if arguments.frontier and (arguments.what != "train" or len(arguments.classes) > 1):
-        parser.error("--frontier: takes --what train, and one number of classes")
+    if arguments.frontier and (arguments.what != "train" or len(arguments.classes) > 1 or arguments.compile):
+        parser.error("--frontier: takes --what train, one number of classes, and no --compile")
+    for file in (arguments.plot, arguments.frontier):
+        if file and file.suffix not in (".svg", ".png"):
+            parser.error(f"{file}: must end in .svg or .png")
     if arguments.accuracy and not arguments.frontier:
         parser.error("--accuracy: is drawn by --frontier FILE alone")
     for file in (arguments.json, arguments.plot, arguments.frontier):

@@ -27,7 +27,7 @@ def accuracies(places: Sequence[str]) -> dict[str, float]:
     for text in places:
         variant, _, place = text.partition("=")
         folder = Path(place)
-        if variant not in FRONTIER:
+        if variant not in FRONTIER or len(folder.parts) < 2:
             raise ValueError(f"accuracy={text!r}: must be VARIANT=RUNS/RECIPE/METHOD, with a variant of {FRONTIER}")
         runs = [
             run
@@ -42,9 +42,15 @@ def accuracies(places: Sequence[str]) -> dict[str, float]:
 
 
 def plot_frontier(run: Run, accuracy: Mapping[str, float], path: Path) -> None:
-    """Each variant by what it keeps and how long it takes; by its operations, where nothing was timed."""
+    """Each variant by what it keeps and how long it takes; by its operations, where nothing was timed.
+
+    Raises:
+        ValueError: If backpropagation, which all others are compared with, could not be run.
+    """
     settings, results = run
     base, *_ = results
+    if base.skipped:
+        raise ValueError(f"there is no frontier, since backpropagation could not be run: {base.skipped}")
     figure = new_figure(7.5, 4.6)
     axes = figure.subplots()
     for number, result in enumerate((one for one in results if not one.skipped), start=1):

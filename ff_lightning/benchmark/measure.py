@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -203,12 +203,26 @@ def _count(variant: Variant, result: Result) -> None:
     result.saved_peak = saved.peak
     if variant.saved_peak:  # what it runs again in backward is hidden from the hooks
         result.saved_peak = variant.saved_peak()
-    else:
+    elif variant.passes == 1:
         result.course = (*course.points, (course.operations, saved.now))
     result.tensor_peak = max(alive.history)
-    result.gradients = max(sum(p.nbytes for g in o.param_groups for p in g["params"]) for o in variant.optimizers)
+    result.gradients = _most_gradients(variant)
     states = [value for o in variant.optimizers for of_one in o.state.values() for value in of_one.values()]
     result.optimizer = sum(value.nbytes for value in states if isinstance(value, Tensor))
+
+
+def _most_gradients(variant: Variant) -> int:
+    """Bytes of the gradients of a step that are alive at once, at most."""
+    found = []
+
+    def note(_: Tensor) -> None:
+        found.append(sum(p.grad.nbytes for p in variant.parameters if p.grad is not None))
+
+    handles = [cast(Any, p).register_post_accumulate_grad_hook(note) for p in variant.parameters]
+    variant.step()
+    for handle in handles:
+        handle.remove()
+    return max(found)
 
 
 def _memory(settings: Settings) -> int:

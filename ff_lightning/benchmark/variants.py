@@ -7,6 +7,7 @@ import contextlib
 import io
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -131,7 +132,12 @@ def checkpointed(settings: Settings) -> Variant:
 
 def local(settings: Settings, granularity: Granularity, reach: float = 1) -> Variant:
     """Scalable Forward-Forward: backward and step of each block, or window, at once; an optimizer for each block."""
-    net = _local_net(settings, granularity, reach)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="reach=", category=UserWarning)  # it would be another variant
+        try:
+            net = _local_net(settings, granularity, reach)
+        except UserWarning as warning:
+            raise ValueError(str(warning)) from None
     return _local_steps(settings, net, [settings.batch_of_noise()] * len(net.windows.placements))
 
 
@@ -228,11 +234,17 @@ def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def build(settings: Settings, name: str) -> Variant:
-    """The variant of a name: for local ones ``"sff GRANULARITY"``, and behind it ``"reach 0.4"`` or ``"head deep"``."""
+    """The variant of a name: for local ones ``"sff GRANULARITY"``, and behind it ``"reach 0.4"`` or ``"head deep"``.
+
+    Raises:
+        ValueError: If there is no such variant, or a share of `reach` is less than what a block by itself keeps.
+    """
     method, *words = name.split()
     granularity, *pairs = words or ["block"]
     cut: Granularity = int(granularity) if granularity.isdigit() else cast(Any, granularity)
-    more = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    more = dict(zip(pairs[::2], pairs[1::2], strict=len(pairs) % 2 == 0))
+    if len(pairs) % 2 or not more.keys() <= {"reach", "head"}:
+        raise ValueError(f"variant={name!r}: behind the granularity there may be 'reach R' and 'head NAME'")
     settings = replace(settings, head=more.get("head", settings.head))
     builders: dict[str, Callable[[], Variant]] = {
         "backprop": lambda: backprop(settings),

@@ -7,6 +7,7 @@
 Shapes: B batch, K classes, L blocks, N features of a block, C channels.
 """
 
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from ff_lightning.local.net import LocalNet
 from ff_lightning.local.objectives import Objective, Place
 from ff_lightning.partition import Block, Example, Granularity
 from ff_lightning.partition.inputs import MASKS
+from ff_lightning.partition.trace import evaluating
 from ff_lightning.util.arguments import check_choice, check_number, check_whole, for_each, is_whole, shown
 from ff_lightning.views import NEGATIVES, PLACEMENTS, hard_labels, hybrids, label_token, labelled_shape, wrong_labels
 
@@ -129,7 +131,7 @@ class FFNet(LocalNet):
         granularity: Where to cut; see `ff_lightning.partition`.
         theta: Threshold per feature: of all blocks, or a list with one for each.
         goodness: See `ThresholdObjective`, and there for sign and peer.
-        voters: Numbers of the blocks that count at test; None: all.
+        voters: Numbers of the blocks that count at test; None: all, but of token ids not the first one.
         readout_from: Number of the first block that the read-out sees; None: 1, or 0 if there is no other.
         vocabulary: Number V of token ids, for a label that is a token. The network takes V + K + 1 ids, those of the
             classes and a neutral one behind the others, and one token more than a sample has.
@@ -154,25 +156,37 @@ class FFNet(LocalNet):
         readout_from: int | None = None,
         vocabulary: int | None = None,
     ) -> None:
-        shape = labelled_shape(label, input_shape, num_classes)
+        check_whole("vocabulary", vocabulary, optional=True)
+        check_choice("label", label, PLACEMENTS)
         if (label == "token") != (vocabulary is not None):
             raise ValueError(
                 f"label={label!r} and vocabulary={vocabulary}: token ids take 'token', others another label"
             )
+        shape = labelled_shape(label, input_shape, num_classes)
         if label == "token" and negatives == "hybrid":
             raise ValueError("negatives='hybrid' mixes two images: for token ids give 'uniform' or 'hard'")
         if not callable(negatives):
             check_choice("negatives", negatives, NEGATIVES, f"one of {list(NEGATIVES)}, or a function (classes, K)")
         ids = None if vocabulary is None else vocabulary + num_classes + 1
+        device = next((parameter.device for parameter in model.parameters()), None)
         if ids is None:
-            _check_takes(model, shape, label)
+            _check_takes(
+                model, lambda: model(torch.zeros(2, *shape, device=device)), f"samples of shape {shape}", label
+            )
         make = partial(ThresholdObjective, theta=theta, goodness=goodness, sign=sign, peer=peer)
         super().__init__(model, num_classes, granularity, norm="length", input_shape=shape, loss=make, vocabulary=ids)
+        if ids is not None:
+            values = self.inputs.values(torch.full((2, *shape), ids - 1, device=device))
+            what = f"{ids} ids, those of the label behind the {vocabulary} others, and {shape[0]} of them in a sample"
+            _check_takes(model, lambda: self.inputs.call(model, values), what, label)
+            self._warn_of_norms(torch.arange(2 * shape[0], device=device).view(2, -1) % ids)
         blocks = len(self.blocks)
         readout_from = min(1, blocks - 1) if readout_from is None else readout_from
         for name, value, numbers in (("voters", voters, voters or ()), ("readout_from", readout_from, [readout_from])):
             if not all(is_whole(k) and 0 <= k < blocks for k in numbers):
                 raise ValueError(f"{name}={shown(value)}: the blocks are 0 to {blocks - 1}")
+        if voters is None and ids is not None and blocks > 1:
+            voters = range(1, blocks)  # the first one is the embedding, which sees each token by itself
         self.voters = frozenset(voters) if voters else None
         self.place_label = PLACEMENTS[label] if vocabulary is None else partial(label_token, vocabulary=vocabulary)
         self.words = None if ids is None else replace(self.inputs, vocabulary=vocabulary, longest=input_shape[0])
@@ -190,6 +204,9 @@ class FFNet(LocalNet):
         Args:
             x: (B, ...); token ids (B, T) with their mask, if there is padding.
             target: Classes, (B,); None: the neutral label.
+
+        Raises:
+            ValueError: If there are other inputs.
         """
         main, *masks = self._parts(x)
         if target is None:
@@ -201,7 +218,7 @@ class FFNet(LocalNet):
         )
         if self.words is None:
             return mean_square_1(placed)
-        counts = [torch.full_like(mask[:, :1], MASKS[cast(str, self.words.mask)]) for mask in masks]
+        counts = [mask.new_full((len(mask), 1), MASKS[cast(str, self.words.mask)]) for mask in masks]
         return (placed, *(torch.cat([count, mask], 1) for count, mask in zip(counts, masks, strict=True)))
 
     def pairs(self, x: Example, target: Tensor | None) -> tuple[Example, Tensor]:
@@ -221,11 +238,27 @@ class FFNet(LocalNet):
             wrong = wrong_labels(target, self.num_classes)
         return self.with_label([torch.cat([part, part]) for part in parts], torch.cat([target, wrong])), kinds
 
+    def _warn_of_norms(self, ids: Tensor) -> None:
+        """Warn if two samples have the same goodness at a block, as behind a layer norm."""
+        with torch.no_grad(), evaluating(self):
+            squares = [*self._each(ids, lambda k, features, mask: features.float().square().mean((1, 2)))]
+        same = [cast(str, self.blocks[k].name) for k, (a, b) in enumerate(squares) if abs(a - b) <= 1e-4 * a]
+        if same:
+            warnings.warn(
+                f"blocks {same} end in a norm: all samples have the same goodness there, and they hardly learn; cut "
+                "elsewhere (granularity=[names]), or leave them out of the vote (voters=[numbers])",
+                stacklevel=4,
+            )
+
     def _parts(self, x: Example) -> Sequence[Tensor]:
         """The input and, of token ids, their mask."""
         if self.words is not None:
             return self.words.values(x)
-        return (x,) if isinstance(x, Tensor) else [*x]
+        if isinstance(x, tuple | list) and len(x) == 1:
+            (x,) = x
+        if not isinstance(x, Tensor):
+            raise ValueError(f"inputs {shown(x)}: Forward-Forward takes one tensor (B, ...), or token ids with a mask")
+        return (x,)
 
     def _losses(
         self, x: Example, y: Tensor, see: Callable[[int, Tensor], None] | None, scaler: torch.amp.GradScaler | None
@@ -276,15 +309,14 @@ class FFNet(LocalNet):
                 start += features.shape[1]
 
 
-def _check_takes(model: nn.Module, shape: Sequence[int], label: str) -> None:
-    """Raise ValueError unless a network takes samples of a shape, with their label."""
+def _check_takes(model: nn.Module, run: Callable[[], Any], what: str, label: str) -> None:
+    """Raise ValueError unless a network can be run on what a label makes."""
     try:
-        with torch.no_grad():
-            model(torch.zeros(2, *shape))
-    except RuntimeError as error:
+        with torch.no_grad(), evaluating(model):
+            run()
+    except (RuntimeError, IndexError) as error:
         raise ValueError(
-            f"label={label!r} makes samples of shape {tuple(shape)}, which the network does not take: "
-            f"{str(error).splitlines()[0]}"
+            f"label={label!r} makes {what}, which the network does not take: {str(error).splitlines()[0]}"
         ) from error
 
 

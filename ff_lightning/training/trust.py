@@ -3,8 +3,7 @@
 A checkpoint is read without running code (``weights_only``), but its hyper-parameters name classes, and those are
 called. So they are checked first. A checkpoint may name subclasses of `KINDS` from `PACKAGES` or from modules that are
 already imported; no other module is imported for it. Of functions it may name those that make a network of
-`ff_lightning.backbones` or of torchvision's models. Names in the user's own command line, YAML or Python are not
-checked.
+`ff_lightning.backbones`, which read no files. Names in the user's own command line, YAML or Python are not checked.
 """
 
 import functools
@@ -26,7 +25,6 @@ from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchvision import models
 
 from ff_lightning.backbones import cfse, cnn, local, mlp, signal, text
 from ff_lightning.tasks import Task
@@ -67,6 +65,8 @@ def named_class(argument: str, path: Any, kinds: tuple[type, ...] = KINDS) -> An
     module = str(path).rpartition(".")[0]
     if found is not None:
         why = f"is not a subclass of {' or '.join(kind.__name__ for kind in kinds)}"
+        if nn.Module in kinds:
+            why += ", and not a function of ff_lightning.backbones that makes a network"
     elif module in sys.modules or module.split(".")[0] in PACKAGES:
         why = "cannot be imported: there is no such class"
     else:
@@ -81,11 +81,8 @@ def is_nameable(thing: Any) -> bool:
 
 
 def _makes_network(thing: Any) -> bool:
-    """Whether this is one of our functions or of torchvision's that make a network and do nothing else."""
-    if thing in _NETWORKS:
-        return True
-    name = getattr(thing, "__name__", "")
-    return inspect.isfunction(thing) and name in models.list_models() and models.get_model_builder(name) is thing
+    """Whether this is one of our functions that make a network; torchvision's also load weights, by pickle."""
+    return any(thing is one for one in _NETWORKS)
 
 
 def _find(path: Any) -> Any:
