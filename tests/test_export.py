@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import ff_lightning
-from ff_lightning import Backprop, inference
+from ff_lightning import SFF, Backprop, inference
 from ff_lightning.commands.recorded import recorded
 from ff_lightning.inference.formats import Answering
 from tests.trained import CLASSES, run, train
@@ -70,6 +71,15 @@ def test_the_baseline_is_exported_too(make_trainer, digits, tmp_path):
     digits.setup("test")
     images, _ = next(iter(digits.test_dataloader()))
     assert inference.export(ff_lightning.load(tmp_path / "baseline.ckpt"), tmp_path / "b.pt2", "torch", images) < 1e-5
+
+
+def test_a_network_of_token_ids_is_refused(make_trainer, tmp_path):
+    model = SFF("text", 2, (8,), vocabulary=20)
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(model, DataLoader([(torch.arange(8), k % 2) for k in range(8)], batch_size=4))
+    trainer.save_checkpoint(tmp_path / "text.ckpt")
+    with pytest.raises(ValueError, match="exports are of networks of images: this one takes token ids"):
+        inference.export(ff_lightning.load(tmp_path / "text.ckpt"), tmp_path / "text.pt2", "torch")
 
 
 def test_an_export_that_differs_is_not_handed_over(trained, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def export(
         The largest difference of the scores of an image, relative to its largest score if that is above 1.
 
     Raises:
-        ValueError: If the scores differ by more than 1e-5, or if the predictor is an export itself.
+        ValueError: If the scores differ by more than 1e-5, or if the predictor is an export itself, or takes token ids.
         ModuleNotFoundError: If the format needs what is not installed.
     """
     check_choice("format", format, get_args(Format))
@@ -43,6 +43,10 @@ def export(
         raise ValueError(f"path={str(path)!r}: a file of format={format!r} must end in {ending!r}")
     if not isinstance(predictor.network, nn.Module) or not hasattr(predictor.network, "hparams"):
         raise ValueError("the predictor is of an export: load the checkpoint, and export that")
+    if predictor.network.vocabulary is not None:
+        raise ValueError(
+            "exports are of networks of images: this one takes token ids; `model.net.export()` is a module"
+        )
     if images is None:
         images = torch.randn(8, *predictor.facts.input_shape, generator=torch.Generator().manual_seed(0))
     learner, device = predictor.network.cpu(), predictor.device
