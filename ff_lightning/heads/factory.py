@@ -21,7 +21,7 @@ HeadFactory = Callable[[int, int], nn.Module]
 """Makes the head of a block from its number of channels and the number of classes.
 
 If it has a parameter `size`, it is given the positions of the features as well: (), (T,), (H, W) or (D, H, W); if it
-has `masked`, whether there may be padding among them; if it has `place`, the `ff_lightning.local.objectives.Place` of
+has `masked`, whether there may be padding among them; if it has `place`, the `ff_lightning.heads.place.Place` of
 the block, with the blocks that follow. The head is then given a mask (B, T) with features (B, C, T), if
 its forward has a parameter `mask`; where it has none, the features are zeros at padding. A method `maps`, from features
 (B, C, H, W) to the part of each position in the goodness (B, K, h, w), is for pictures alone.

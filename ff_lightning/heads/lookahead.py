@@ -6,18 +6,16 @@ Shapes: B batch, C channels, H x W positions, K classes.
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ff_lightning.heads.layers import convolution
+from ff_lightning.heads.place import Place
 from ff_lightning.heads.pooled import PooledHead
 from ff_lightning.partition.block import Block, State, main_output
 from ff_lightning.partition.hooked import HookedBlock
 from ff_lightning.util.arguments import check_number, check_whole, shown
-
-if TYPE_CHECKING:
-    from ff_lightning.local.objectives import Place
 
 
 class LookAhead(nn.Module):
@@ -113,7 +111,7 @@ class _Copy(nn.Module):
         return cast(Block, self.blocks[-1]).to_map(main_output(state))
 
 
-def _check_place(place: "Place") -> None:
+def _check_place(place: Place) -> None:
     """Raise ValueError where no block can be copied at all."""
     if any(isinstance(block, HookedBlock) for block in place.following):
         raise ValueError(
@@ -127,7 +125,7 @@ def _check_place(place: "Place") -> None:
         raise ValueError(f"head=LookAhead: no block behind {place.name} {what}, so there is nothing to copy")
 
 
-def _changing(place: "Place") -> list[_Segment]:
+def _changing(place: Place) -> list[_Segment]:
     """The segments behind a block that change the shape of the features."""
     following: Sequence[Block] = place.following
     found = []

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ff_lightning.heads import HeadFactory, PooledHead, make_head
 from ff_lightning.heads.factory import takes_mask, with_mask
+from ff_lightning.heads.place import Place
 from ff_lightning.local.chain import Norm, hand_on, held, run_block, state_of
-from ff_lightning.local.objectives import Loss, Place, make_objective
+from ff_lightning.local.objectives import Loss, make_objective
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.windows import Counter, Kept, Storages, Windows
 from ff_lightning.losses import LogSumExpLoss, check_classes

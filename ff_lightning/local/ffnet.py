@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ff_lightning.heads.layers import position_means, without_padding
+from ff_lightning.heads.place import Place
 from ff_lightning.local.chain import OfBlock
 from ff_lightning.local.net import LocalNet
-from ff_lightning.local.objectives import Objective, Place
+from ff_lightning.local.objectives import Objective
 from ff_lightning.partition import Block, Example, Granularity
 from ff_lightning.partition.inputs import MASKS
 from ff_lightning.partition.trace import evaluating

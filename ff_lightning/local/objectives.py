@@ -7,39 +7,16 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ff_lightning.heads.factory import takes_mask, with_mask
 from ff_lightning.heads.layers import convolution, position_means, without_padding
+from ff_lightning.heads.place import Place
 from ff_lightning.losses import LogSumExpLoss, similarity_loss, supervised_contrastive_loss
-from ff_lightning.partition import Block
 from ff_lightning.util.arguments import check_choice, check_number, check_whole, shown
-
-
-class Place(NamedTuple):
-    """Where in the network an objective stands: what its factory may ask for."""
-
-    number: int
-    """Of the block, from 0."""
-    blocks: int
-    """Number of blocks."""
-    name: str
-    """Of the block."""
-    shape: tuple[int, ...]
-    """Of its features: (C, H, W), or with another number of axes."""
-    num_classes: int
-    """K."""
-    make_head: Callable[[], nn.Module]
-    """Makes the head that was asked for: features (B, C, H, W) -> scores (B, K); as a head sees it, a `PooledHead`."""
-    masked: bool = False
-    """Whether there may be padding among its positions, as among tokens."""
-    channel_dim: int = 1
-    """The dimension of the block's output that counts channels; in its features it is always 1."""
-    following: tuple[Block, ...] = ()
-    """The blocks behind it, in order: for copies of them, since they themselves learn by their own losses."""
 
 
 class Objective(nn.Module):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ff_lightning.heads.place import Place
 from ff_lightning.local.ffnet import PassThroughReLU, ThresholdObjective, mean_square_1
-from ff_lightning.local.objectives import Place
 from ff_lightning.util.arguments import check_number, check_whole, is_whole, shown
 from ff_lightning.views import wrong_labels
 
