@@ -62,10 +62,14 @@ def files(tmp_path, monkeypatch, image_folder, served):
     monkeypatch.chdir(tmp_path)
     reader, _ = write_cifar(*served, fine=False)
     monkeypatch.setattr(data.CIFAR10, "reader", reader)
-    monkeypatch.setattr(data.MNIST, "reader", GreyImages)
+    for small in (data.MNIST, data.FashionMNIST):
+        monkeypatch.setattr(small, "reader", GreyImages)
     (tmp_path / "data").mkdir()
     image_folder(classes=("cat", "dog"), size=(32, 32)).rename(tmp_path / "data" / "images")
-    np.savez(tmp_path / "data" / "signals.npz", x=np.random.default_rng(0).normal(size=(40, 100)), y=np.arange(40) % 2)
+    (tmp_path / "data" / "ecg").mkdir()
+    for name in ("signals", "ecg/train", "ecg/val", "ecg/test"):
+        noise = np.random.default_rng(0).normal(size=(40, 100))
+        np.savez(tmp_path / "data" / f"{name}.npz", x=noise, y=np.arange(40) % 2)
     for path in (f"data/fsdd/{split}/{digit}" for split in ("train", "test") for digit in (0, 1)):
         (tmp_path / path).mkdir(parents=True)
         for i in range(20):
