@@ -72,10 +72,11 @@ def parse_command(module, args):
     elif module == "ff_lightning.results":
         with pytest.raises(Parsed) as parsed:
             results.main(args)
-        recipes = [arg for arg in args if (ROOT / f"configs/sff/{arg}.yaml").is_file()]
-        for recipe in recipes:
-            parse_command("ff_lightning", ["fit", "--config", f"configs/sff/{recipe}.yaml", *parsed.value.args[0]])
-        assert recipes or "--plot" in args
+        methods = args[args.index("--methods") + 1] if "--methods" in args else "*"
+        configs = [path.relative_to(ROOT) for arg in args for path in ROOT.glob(f"configs/{methods}/{arg}.yaml")]
+        for config in configs:
+            parse_command("ff_lightning", ["fit", "--config", str(config), *parsed.value.args[0]])
+        assert configs or {"--plot", "--figures"} & {*args}
     elif module == "ff_lightning.benchmark":
         with pytest.raises(Parsed):
             benchmark.main(args)

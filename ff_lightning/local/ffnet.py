@@ -211,7 +211,7 @@ class FFNet(LocalNet):
         """
         main, *masks = self._parts(x)
         if target is None:
-            labels = torch.full((len(main), self.num_classes), 1 / self.num_classes, device=main.device)
+            labels = torch.full((main.shape[0], self.num_classes), 1 / self.num_classes, device=main.device)
         else:
             labels = F.one_hot(target, self.num_classes)
         placed = self.place_label(
