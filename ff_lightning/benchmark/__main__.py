@@ -45,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if arguments.plot:
         plot(runs, arguments.plot)
     if arguments.frontier:
-        plot_frontier(runs[0], accuracies(arguments.accuracy), arguments.frontier)
+        plot_frontier(runs[0], arguments.accuracy, arguments.frontier)
 
 
 def _settings(arguments: argparse.Namespace, classes: int) -> Settings:
@@ -84,9 +84,9 @@ def _checked(parser: argparse.ArgumentParser, args: Sequence[str] | None) -> arg
         return arguments
     try:
         torch.zeros(1, device=arguments.device)
-        accuracies(arguments.accuracy)
+        arguments.accuracy = accuracies(arguments.accuracy)
         for classes in arguments.classes:
-            for granularity in arguments.granularity:
+            for granularity in ["block"] if arguments.frontier else arguments.granularity:
                 build(_settings(arguments, classes), f"sff {granularity}")
     except (ValueError, RuntimeError, AssertionError) as error:
         parser.error(str(error).splitlines()[0])

@@ -213,12 +213,12 @@ def _count(variant: Variant, result: Result) -> None:
 
 def _most_gradients(variant: Variant) -> int:
     """Bytes of the gradients of a step that are alive at once, at most."""
-    found = []
+    parameters, found = variant.parameters, []
 
     def note(_: Tensor) -> None:
-        found.append(sum(p.grad.nbytes for p in variant.parameters if p.grad is not None))
+        found.append(sum(p.grad.nbytes for p in parameters if p.grad is not None))
 
-    handles = [cast(Any, p).register_post_accumulate_grad_hook(note) for p in variant.parameters]
+    handles = [cast(Any, p).register_post_accumulate_grad_hook(note) for p in parameters]
     variant.step()
     for handle in handles:
         handle.remove()

@@ -242,9 +242,9 @@ def build(settings: Settings, name: str) -> Variant:
     method, *words = name.split()
     granularity, *pairs = words or ["block"]
     cut: Granularity = int(granularity) if granularity.isdigit() else cast(Any, granularity)
-    more = dict(zip(pairs[::2], pairs[1::2], strict=len(pairs) % 2 == 0))
-    if len(pairs) % 2 or not more.keys() <= {"reach", "head"}:
+    if len(pairs) % 2 or not {*pairs[::2]} <= {"reach", "head"}:
         raise ValueError(f"variant={name!r}: behind the granularity there may be 'reach R' and 'head NAME'")
+    more = dict(zip(pairs[::2], pairs[1::2], strict=True))
     settings = replace(settings, head=more.get("head", settings.head))
     builders: dict[str, Callable[[], Variant]] = {
         "backprop": lambda: backprop(settings),

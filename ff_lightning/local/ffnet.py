@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from ff_lightning.heads.layers import position_means, without_padding
 from ff_lightning.heads.place import Place
-from ff_lightning.local.chain import OfBlock
 from ff_lightning.local.net import LocalNet
 from ff_lightning.local.objectives import Objective
 from ff_lightning.partition import Block, Example, Granularity
@@ -277,9 +276,8 @@ class FFNet(LocalNet):
             yield from self._parts_of_readout(x)
             return
         parts = self._parts(x)
-        every = torch.arange(self.num_classes, device=parts[0].device).repeat(
-            parts[0].shape[0]
-        )  # no len() in an export
+        count = parts[0].shape[0]  # len() is a constant of an export
+        every = torch.arange(self.num_classes, device=parts[0].device).repeat(count)
         tried = self.with_label([part.repeat_interleave(self.num_classes, 0) for part in parts], every)
         passing: Any = super().local_goodness(tried)
         stay: Tensor | None = None
@@ -295,8 +293,8 @@ class FFNet(LocalNet):
     def neutral_features(self, x: Example) -> list[Tensor]:
         """The normalised features of each block for the neutral label, (B, N) each, detached; of tokens, their mean."""
         if self.words is not None:
-            of_block: OfBlock = lambda k, features, mask: position_means(features, mask)  # noqa: E731
-            return list(self._each(self.with_label(x), of_block, for_head=False))
+            labelled = self.with_label(x)
+            return list(self._each(labelled, lambda k, *of_block: position_means(*of_block), for_head=False))
         neutral = mean_square_1(self._parts(x)[0]) if self.negatives == "hybrid" else self.with_label(x)
         return [features.flatten(1) for features in self.local_features(neutral)]
 
