@@ -42,6 +42,21 @@ def test_compiled_modules_hooks_and_buffers_are_seen():
     assert "running_mean" not in layer.state_dict()
 
 
+def test_no_step_on_the_cpu_looks_for_a_gpu(make_trainer, digits, monkeypatch):
+    looked = []
+    find = torch.accelerator.is_available
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: looked.append(1) or find())
+    counts = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            counts.append(len(looked))
+
+    model = SFF(small_net(), **SHAPE)
+    make_trainer(max_epochs=1, limit_train_batches=3, callbacks=[Watch()]).fit(model, digits)
+    assert len(set(counts)) == 1, counts
+
+
 def test_steps_are_counted_and_logs_are_due(make_trainer, digits):
     due = []
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ff_lightning.training.averaging import Averaging
 from ff_lightning.training.lightning_private import before_step, count_step
+from ff_lightning.util.torch_private import without_capture_check
 
 
 class Stepper:
@@ -34,6 +35,9 @@ class Stepper:
         self.stepped: set[int] = set()
         self.scaled: set[int] = set()  # that have stepped with the present scale of float16
         self.stepped_in_epoch: set[int] = set()
+        if module.device.type == "cpu":
+            for optimizer in self.optimizers:
+                without_capture_check(optimizer)
 
     def begin(self, units: Sequence[int]) -> None:
         """Before the backward of these units: renew the scale of float16 if one of them has stepped with it.
