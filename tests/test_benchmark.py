@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 
 from ff_lightning import LocalNet
 from ff_lightning.benchmark.__main__ import main
-from ff_lightning.benchmark.frontier import FRONTIER
+from ff_lightning.benchmark.fits import largest_batch
+from ff_lightning.benchmark.frontier import FRONTIER, REFERENCES
 from ff_lightning.benchmark.measure import Alive, Course, Result, _count, measure, ratio_of_times
 from ff_lightning.benchmark.report import print_table
 from ff_lightning.benchmark.variants import Settings, build
@@ -98,6 +100,56 @@ def test_saved_by_checkpointing_is_the_inputs_and_one_block():
     assert variant.saved_peak() == peak
 
 
+@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
+def test_selective_checkpointing_gives_the_gradients_of_checkpointing_and_computes_no_product_again():
+    gradients, operations = {}, {}
+    for name in ("backprop", "selective", "checkpointing"):
+        _count(build(SETTINGS, name), result := Result(name, []))
+        operations[name] = result.operations
+        variant = build(SETTINGS, name)
+        for optimizer in variant.optimizers:
+            optimizer.step = optimizer.zero_grad = lambda: None
+        variant.step()
+        gradients[name] = [p.grad for p in variant.parameters]
+    assert operations["selective"] == operations["backprop"] < operations["checkpointing"]
+    assert all(map(torch.allclose, gradients["selective"], gradients["checkpointing"]))
+
+
+def test_saved_by_selective_checkpointing_is_the_inputs_the_products_and_the_rest_of_one_block():
+    variant = build(SETTINGS, "selective")
+    x, before, peak = torch.zeros(4, 3, 16, 16), 0, 0
+    for block in variant.modules:
+        products = []
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda module, args, out, note=products.append: note(out))
+        with saved_for_backward(left_out=[*block.parameters(), x]) as saved:
+            out = block(x)
+        of_products = sum(product.nbytes for product in products)
+        before += x.nbytes + of_products
+        peak = max(peak, before + saved.now - of_products)
+        x = out.detach().requires_grad_()
+    assert variant.saved_peak() == peak
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3, 100, 4096])
+def test_the_largest_batch_is_found_up_to_a_sixteenth_and_none_is_tried_twice(limit, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "ff_lightning.benchmark.fits._fits",
+        lambda settings, name, gib: asked.append(settings.batch) or 0 < settings.batch <= limit,
+    )
+    assert limit - limit // 16 <= largest_batch(SETTINGS, "backprop", 1) <= limit
+    assert len(asked) == len(set(asked))
+
+
+@pytest.mark.slow
+def test_less_memory_takes_a_smaller_batch_and_too_little_takes_none():
+    half, quarter = (largest_batch(replace(SETTINGS, batch=256), "backprop", gib) for gib in (0.2, 0.1))
+    assert 0 < quarter < half
+    assert largest_batch(replace(SETTINGS, batch=1), "backprop", 1e-5) == 0
+
+
 def test_the_course_of_a_step_is_a_mountain_and_a_saw_tooth():
     courses = {}
     for name in ("backprop", "sff block"):
@@ -129,10 +181,11 @@ def test_the_command_reports_every_variant(tmp_path, capsys):
           "--plot", str(tmp_path / "memory.png")])  # fmt: skip
     assert (31, 119, 180) in Image.open(tmp_path / "memory.png").convert("RGB").getdata(), "the first curve, in blue"
     (run,) = json.loads((tmp_path / "figures.json").read_text())
-    assert [row["name"] for row in run["results"]] == ["backprop", "checkpointing", "accumulation", "sff block"]
-    plain, again, parts, ours = run["results"]
+    assert [row["name"] for row in run["results"]] == [*REFERENCES, "sff block"]
+    plain, again, selective, parts, ours = run["results"]
     assert all(row["seconds"] and not row["skipped"] for row in run["results"])
-    assert plain["operations"] == parts["operations"] < again["operations"]
+    assert plain["operations"] == parts["operations"] == selective["operations"] < again["operations"]
+    assert again["saved_peak"] < selective["saved_peak"] < plain["saved_peak"]
     assert plain["gradients"] == 4 * sum(p.numel() for p in build(SETTINGS, "backprop").parameters) - 4 * 5 * 129
     assert ours["saved_peak"] < plain["saved_peak"]
     assert "5 classes" in capsys.readouterr().out

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from ff_lightning.backbones import Stem
-from ff_lightning.benchmark.frontier import FRONTIER, accuracies, plot_frontier
+from ff_lightning.benchmark.fits import print_batches
+from ff_lightning.benchmark.frontier import FRONTIER, REFERENCES, accuracies, plot_frontier
 from ff_lightning.benchmark.measure import measure
 from ff_lightning.benchmark.report import Run, plot, print_table, write_json
 from ff_lightning.benchmark.variants import Settings, build
@@ -31,12 +32,15 @@ def main(args: Sequence[str] | None = None) -> None:
     runs: list[Run] = []
     for classes in arguments.classes:
         settings = _settings(arguments, classes)
-        of_cuts = ["backprop", "checkpointing", "accumulation", *(f"sff {cut}" for cut in arguments.granularity)]
+        of_cuts = [*REFERENCES, *(f"sff {cut}" for cut in arguments.granularity)]
         names = {
             "train": FRONTIER if arguments.frontier else of_cuts,
             "inference": ["model", *(f"vote {cut}" for cut in arguments.granularity)],
             "trainer": ["loop", "trainer"],
         }[arguments.what]
+        if arguments.fits:
+            print_batches(settings, names, arguments.fits, console)
+            continue
         runs.append((settings, measure(settings, names, arguments.compile, arguments.repetitions, arguments.steps)))
         images = settings.batch * (settings.epoch_batches if arguments.what == "trainer" else 1)
         print_table(runs[-1], images, console)
@@ -72,6 +76,8 @@ def _checked(parser: argparse.ArgumentParser, args: Sequence[str] | None) -> arg
             needs("matplotlib", "plot")
     if arguments.frontier and (arguments.what != "train" or len(arguments.classes) > 1 or arguments.compile):
         parser.error("--frontier: takes --what train, one number of classes, and no --compile")
+    if arguments.fits and (arguments.what != "train" or arguments.plot or arguments.frontier or arguments.json):
+        parser.error("--fits: takes --what train, and neither --json nor a picture")
     for file in (arguments.plot, arguments.frontier):
         if file and file.suffix not in (".svg", ".png"):
             parser.error(f"{file}: must end in .svg or .png")
@@ -97,6 +103,16 @@ def _positive(text: str) -> int:
     value = int(text) if text.isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    return value
+
+
+def _gib(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0, of GiB")
     return value
 
 
@@ -127,6 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_positive, default=2, help="counted steps of a turn; an epoch, for --what trainer, is one step")
     add("--epoch-batches", type=_positive, default=20, help="steps of an epoch, for --what trainer")
     add("--repetitions", type=_natural, default=9, help="turns of each variant; 0 only counts")
+    add("--fits", type=_gib, metavar="GIB", help="instead of timing: the largest batch of which a step fits into GIB, "
+        "found by trying, from --batch; compiles nothing")  # fmt: skip
     add("--json", type=as_path, metavar="FILE", help="write all figures")
     add("--frontier", type=as_path, metavar="FILE", help="instead of --granularity, the ways to train the network; "
         "draw what a step takes against what it keeps; needs matplotlib")  # fmt: skip

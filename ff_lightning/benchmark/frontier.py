@@ -9,8 +9,10 @@ from ff_lightning.benchmark.report import Run, label, title
 from ff_lightning.commands.runs import runs_in
 from ff_lightning.drawing.figure import new_figure, save
 
+REFERENCES = ["backprop", "checkpointing", "selective", "accumulation"]
 FRONTIER = [
-    *("backprop", "checkpointing", "accumulation", "sff layer", "sff block", "sff stage"),
+    *REFERENCES,
+    *("sff layer", "sff block", "sff stage"),
     *(f"sff block reach {reach}" for reach in (0.3, 0.4, 0.6, 0.8, 1.0)),
     "sff block head lookahead",
 ]

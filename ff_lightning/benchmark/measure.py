@@ -88,6 +88,7 @@ class Result:
 
     name: str
     seconds: list[float]  # of a step, the mean of each turn
+    compile_seconds: float = 0.0  # of the first step, in which it is compiled
     operations: int = 0  # floating-point operations of a step, the mean over the places of windows; see `Course`
     saved_peak: int = 0  # bytes kept for backward, at most
     tensor_peak: int = 0  # bytes of all tensors of a step alive, at most
@@ -172,7 +173,10 @@ def _work(pipe: Connection, settings: Settings, name: str, compile_it: bool, ste
             _count(variant, result)
         for module in variant.modules if compile_it else ():
             module.compile()
+        start = time.perf_counter()
         variant.step()
+        if compile_it:
+            result.compile_seconds = time.perf_counter() - start
     except Exception as error:
         reason = str(error).strip().splitlines()
         pipe.send(Result(label, [], skipped=f"{type(error).__name__}: {reason[0] if reason else ''}"))

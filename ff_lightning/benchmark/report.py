@@ -54,6 +54,7 @@ def _row(result: Result, base: Result, images: int) -> dict[str, str]:
         "+- %": f"{100 * result.spread:.1f}" if len(result.seconds) > 1 else "",
         "images/s": f"{images / result.median:.1f}" if timed else "",
         "time x": f"{ratio_of_times(result, base):.3f}" if timed and not base.skipped else "",
+        "compiled in s": f"{result.compile_seconds:.0f}" if result.compile_seconds else "",
         "saved MB": f"{result.saved_peak / MB:.1f}" if counted else "",
         "saved x": _ratio(result.saved_peak, base.saved_peak) if counted else "",
         "tensors MB": f"{result.tensor_peak / MB:.1f}" if counted else "",
@@ -77,6 +78,8 @@ def label(name: str, settings: Settings) -> str:
     """The name of a variant, as people who do not know the command read it."""
     if name == "accumulation":
         return f"backprop in {settings.micro_batches} micro-batches"
+    if name == "selective":
+        return "selective checkpointing"
     return name.replace("sff", "SFF by").replace(" head", ", head").replace(" reach", ", reach")
 
 

@@ -8,21 +8,33 @@ import io
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.local.net import LocalNet
 from ff_lightning.partition import Block, Granularity, State, partition
 from ff_lightning.partition.block import main_output
-from ff_lightning.util.memory import saved_for_backward
+from ff_lightning.util.memory import Saved, saved_for_backward
+
+aten = torch.ops.aten
+PRODUCTS: list[Any] = [
+    *(aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default),
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+]
+"""What takes most of the time: selective checkpointing keeps its results."""
 
 
 @dataclass(frozen=True)
@@ -96,38 +108,66 @@ def backprop(settings: Settings, micro_batches: int = 1) -> Variant:
     return Variant(step, [model], [optimizer])
 
 
-def checkpointed(settings: Settings) -> Variant:
-    """Backpropagation that keeps the inputs of the blocks alone and runs each block again in backward."""
+def checkpointed(settings: Settings, kept: Sequence[Any] = ()) -> Variant:
+    """Backpropagation that keeps the inputs of the blocks and runs each block again in backward.
+
+    Args:
+        settings: What all variants share.
+        kept: Operations whose results are kept and not computed again, as torch's selective checkpointing does.
+    """
     blocks = partition(settings.model(), "block", torch.zeros(1, 3, settings.size, settings.size))
     classifier = nn.Linear(blocks[-1].map_shape[0], settings.classes)
     net = settings.place(nn.ModuleList([*blocks, classifier]))
     optimizer = _optimizer(list(net.parameters()))
     x, y = settings.batch_of_noise()
+    selection = partial(create_selective_checkpoint_contexts, [*kept]) if kept else noop_context_fn
 
     def step() -> None:
         with settings.autocast():
             state: State = x
             for block in blocks:
-                state = checkpoint(block, state, use_reentrant=False)
-            scores = classifier(blocks[-1].to_map(main_output(state)).mean((2, 3)))
+                state = checkpoint(block, state, use_reentrant=False, context_fn=selection)
+            scores = classifier(blocks[-1].to_map(main_output(state)).flatten(2).mean(2))
             loss = F.cross_entropy(scores.float(), y)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     def saved_peak() -> int:
-        """The inputs of the blocks up to the one that runs again, and what that one keeps."""
-        state, inputs, peak = x, 0, 0
+        """What is kept of the blocks up to the one that runs again, and what that one keeps besides."""
+        state, before, peak = x, 0, 0
         for block in blocks:
-            with settings.autocast(), saved_for_backward(left_out=[*net.parameters(), state]) as saved:
+            left_out = [*net.parameters(), state]
+            with settings.autocast(), saved_for_backward(left_out) as saved, _Results(kept, saved) as results:
                 result = cast(Tensor, block(state))
-            inputs += state.nbytes
-            peak = max(peak, inputs + saved.peak)
+            before += state.nbytes + sum(tensor.nbytes for tensor in results.found)
+            peak = max(peak, before + saved.peak)
             state = result.detach().requires_grad_()
             del result
         return peak
 
     return Variant(step, _bodies(blocks), [optimizer], saved_peak=saved_peak)
+
+
+class _Results(TorchDispatchMode):
+    """The results of some operations, which the counter leaves out."""
+
+    def __init__(self, operations: Sequence[Any], saved: Saved) -> None:
+        super().__init__()
+        self._operations = operations
+        self._saved = saved
+        self.found: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation."""
+        result = func(*args, **(kwargs or {}))
+        if func in self._operations:
+            tensors = [value.detach() for value in tree_leaves(result) if isinstance(value, Tensor)]
+            self.found += tensors
+            self._saved.leave_out(tensors)
+        return result
 
 
 def local(settings: Settings, granularity: Granularity, reach: float = 1) -> Variant:
@@ -249,6 +289,7 @@ def build(settings: Settings, name: str) -> Variant:
     builders: dict[str, Callable[[], Variant]] = {
         "backprop": lambda: backprop(settings),
         "checkpointing": lambda: checkpointed(settings),
+        "selective": lambda: checkpointed(settings, PRODUCTS),
         "accumulation": lambda: backprop(settings, settings.micro_batches),
         "sff": lambda: local(settings, cut, float(more["reach"]) if "reach" in more else 1),
         "model": lambda: predict(settings, None),

@@ -18,7 +18,12 @@ class Saved:
         self.now = 0
         self.peak = 0
         self._known: set[int] = set()
-        self._left_out = {tensor.untyped_storage().data_ptr() for tensor in left_out}
+        self._left_out: set[int] = set()
+        self.leave_out(left_out)
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count these tensors, from now on; they must live as long as is counted."""
+        self._left_out |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     def add(self, tensor: Tensor) -> Tensor:
         """Note that a tensor is saved."""

@@ -63,7 +63,8 @@ def without_capture_check(optimizer: Optimizer) -> None:
 
     Where there is no GPU, the question loads the driver anew, in vain: 0.3 ms, for each unit and batch.
     """
-    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # the latter: torch 2.7
+    of_torch_2_7 = "_cuda_graph_capture_health_check"
+    for name in ("_accelerator_graph_capture_health_check", of_torch_2_7):
         if hasattr(optimizer, name):
             setattr(optimizer, name, _nothing)
 
