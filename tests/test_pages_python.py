@@ -68,7 +68,14 @@ def for_exits(folder):
     return {**trained(folder), "data": module, "x": torch.randn(4, 1, 8, 8)}
 
 
+def for_results(folder):
+    record = np.repeat([100, 105, 116, 999], 3)
+    np.savez("beats.npz", x=np.zeros((12, 128), np.float32), y=record % 2, record=record)
+    return {}
+
+
 GIVEN = {
+    "docs/results.md": for_results,
     "docs/training.md": for_training,
     "docs/transfer.md": for_transfer,
     "docs/trust.md": for_trust,
