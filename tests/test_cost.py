@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ff_lightning import LocalNet
 from ff_lightning.heads import GoodnessHead, PooledHead
 from ff_lightning.heads.gram import class_goodness
-from ff_lightning.heads.pooled import region_means
+from ff_lightning.heads.pooled import _MEANS, region_means
 from ff_lightning.local.chain import normalise
 from ff_lightning.util.memory import saved_for_backward
 from tests.conftest import Residual, small_net
@@ -89,6 +89,18 @@ def test_pooling_equals_that_of_pytorch(size, regions, channels_last):
     arriving = torch.randn(5, 6, *regions)
     ours = with_gradients(lambda h: region_means(h, regions), [h], arriving)
     theirs = with_gradients(lambda h: F.adaptive_avg_pool2d(h, regions), [h], arriving)
+    for got, wanted in zip(ours, theirs, strict=True):
+        assert error(got, wanted.double()) < 1e-5
+
+
+@pytest.mark.parametrize(("size", "regions"), [((12,), (4,)), ((7,), (3,)), ((5, 6, 7), (2, 3, 2)), ((7, 5), (4, 2))])
+def test_deterministic_pooling_equals_that_of_pytorch_which_has_none_on_a_gpu(size, regions):
+    h, arriving = torch.randn(5, 6, *size) + 1, torch.randn(5, 6, *regions)
+    theirs = with_gradients(lambda h: _MEANS[len(size) - 1](h, regions), [h], arriving)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ff_lightning.heads.pooled._MEANS", ())  # it is not called
+        torch.use_deterministic_algorithms(True)
+        ours = with_gradients(lambda h: region_means(h, regions), [h], arriving)
     for got, wanted in zip(ours, theirs, strict=True):
         assert error(got, wanted.double()) < 1e-5
 

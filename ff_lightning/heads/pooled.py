@@ -5,7 +5,7 @@ Shapes: B batch, C channels, H x W or T positions, K classes.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor, nn
@@ -93,20 +93,29 @@ _MEANS: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_a
 def region_means(features: Tensor, regions: tuple[int, ...]) -> Tensor:
     """Mean over regions, as `adaptive_avg_pool2d` draws them: (B, C, H, W) -> (B, C, *regions), also of other axes.
 
-    On a CPU it takes half the time or less: large regions are summed line by line, small ones by one matrix product.
+    On a CPU it takes half the time or less, for maps in the order channels last an eighth: large regions are summed
+    line by line, small ones by one matrix product. So it is done, too, where deterministic algorithms are asked for:
+    PyTorch's own has none on a GPU.
     """
     size = tuple(features.shape[2:])  # no plain numbers where a network is traced for any size
     if size == regions:
         return features
-    plain = features.is_contiguous() and all(type(side) is int for side in size)
-    if len(regions) != 2 or features.device.type != "cpu" or not plain:
+    last = len(size) == 2 and not features.is_contiguous() and features.is_contiguous(memory_format=torch.channels_last)
+    known = all(type(side) is int for side in size) and (last or features.is_contiguous())
+    wanted = (len(size) == 2 and features.device.type == "cpu") or torch.are_deterministic_algorithms_enabled()
+    if not (known and wanted):
         return _MEANS[len(regions) - 1](features, regions)
-    (lines, no_line), (width, no_column) = (divmod(side, part) for side, part in zip(size, regions, strict=True))
-    if width >= 8 and no_line == no_column == 0:
-        return features.unflatten(2, (-1, lines)).mean(3).unflatten(3, (-1, width)).mean(4)
+    divides = not any(side % part for side, part in zip(size, regions, strict=True))
+    if divides and (last or (len(size) == 2 and size[1] >= 8 * regions[1])):
+        (rows, columns), axis = regions, 1 if last else 2
+        maps = features.movedim(1, -1) if last else features
+        means = maps.unflatten(axis, (rows, -1)).mean(axis + 1).unflatten(axis + 1, (columns, -1)).mean(axis + 2)
+        return means.movedim(-1, 1) if last else means
     is_plain = type(features) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
-    shares = (_kept_shares if is_plain else _shares)(size, regions, torch.get_default_dtype())
-    return (features.flatten(2) @ shares.to(features.dtype)).unflatten(2, regions)
+    shares = (_kept_shares if is_plain else _shares)(size, regions, torch.get_default_dtype()).to(features)
+    if last:
+        return (shares.mT @ features.movedim(1, -1).flatten(1, 2)).movedim(-1, 1).unflatten(2, regions)
+    return (features.flatten(2) @ shares).unflatten(2, regions)
 
 
 @lru_cache(maxsize=64)
@@ -116,11 +125,11 @@ def _kept_shares(size: tuple[int, ...], regions: tuple[int, ...], dtype: torch.d
 
 
 def _shares(size: Sequence[int], regions: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The share of each position in the mean over each region, (H W, number of regions)."""
-    rows, columns = (
+    """The share of each position in the mean over each region, (positions, number of regions)."""
+    of_axes = (
         F.adaptive_avg_pool1d(torch.eye(side, dtype=dtype), part) for side, part in zip(size, regions, strict=True)
     )
-    return torch.kron(rows, columns)
+    return reduce(torch.kron, of_axes)
 
 
 def token_means(features: Tensor, mask: Tensor, regions: int) -> Tensor:
