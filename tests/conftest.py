@@ -15,6 +15,7 @@ from torch import nn
 
 from ff_lightning import data
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when a GPU first multiplies
 REAL_DATA = Path(os.environ.get("FF_DATA", "~/.cache/ff-data")).expanduser()
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ff_lightning import LocalNet
 from ff_lightning.heads import GoodnessHead, PooledHead
 from ff_lightning.heads.gram import class_goodness
-from ff_lightning.heads.pooled import _MEANS, region_means
+from ff_lightning.heads.pooled import _MEANS, means_by_shares, region_means
 from ff_lightning.local.chain import normalise
 from ff_lightning.util.memory import saved_for_backward
 from tests.conftest import Residual, small_net
@@ -93,16 +93,32 @@ def test_pooling_equals_that_of_pytorch(size, regions, channels_last):
         assert error(got, wanted.double()) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "order", [lambda h: h, lambda h: h.movedim(1, -1).contiguous().movedim(-1, 1), lambda h: h[:, ::2]]
+)
 @pytest.mark.parametrize(("size", "regions"), [((12,), (4,)), ((7,), (3,)), ((5, 6, 7), (2, 3, 2)), ((7, 5), (4, 2))])
-def test_deterministic_pooling_equals_that_of_pytorch_which_has_none_on_a_gpu(size, regions):
-    h, arriving = torch.randn(5, 6, *size) + 1, torch.randn(5, 6, *regions)
+def test_the_means_of_deterministic_runs_on_a_gpu_equal_those_of_pytorch(size, regions, order):
+    h = order(torch.randn(5, 6, *size) + 1)
+    arriving = torch.randn(5, h.shape[1], *regions)
+    ours = with_gradients(lambda h: means_by_shares(h, regions), [h], arriving)
     theirs = with_gradients(lambda h: _MEANS[len(size) - 1](h, regions), [h], arriving)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ff_lightning.heads.pooled._MEANS", ())  # it is not called
-        torch.use_deterministic_algorithms(True)
-        ours = with_gradients(lambda h: region_means(h, regions), [h], arriving)
     for got, wanted in zip(ours, theirs, strict=True):
         assert error(got, wanted.double()) < 1e-5
+
+
+def test_shares_of_a_long_signal_take_little_memory():
+    torch.testing.assert_close(means_by_shares(torch.ones(1, 1, 400_000), (3,)), torch.ones(1, 1, 3), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
+def test_an_ensemble_by_vmap_averages_as_its_members(size):
+    images, weights = torch.randn(2, 3, *size), torch.randn(6, 5, 3, 3, 3)
+
+    def of_member(weight):
+        return region_means(F.conv2d(images, weight, padding=1), (4, 4))
+
+    together = torch.vmap(of_member)(weights)
+    torch.testing.assert_close(together, torch.stack([of_member(weight) for weight in weights]))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

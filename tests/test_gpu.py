@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from ff_lightning import SFF, LocalNet, data
 from ff_lightning.backbones import build_backbone
 from ff_lightning.benchmark.__main__ import main as benchmark
+from ff_lightning.benchmark.fits import _fits
+from ff_lightning.benchmark.variants import Settings
 from ff_lightning.callbacks import LastCheckpoint
 from tests import methods
 from tests.conftest import make_trainer_in, small_net
@@ -27,9 +29,8 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch):
-    """Float32 that is float32, and what deterministic products of matrices need."""
+    """Float32 that is float32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def fit(folder, model=None, module=None, accelerator=ACCELERATOR, **settings):
@@ -128,7 +129,7 @@ def test_compiled_blocks_give_the_losses_of_eager_ones():
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
     for p, q in zip(eager.parameters(), compiled.parameters(), strict=True):
         if p.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, atol=1e-2, rtol=1e-2)
+            assert (p.grad - q.grad).norm() <= 1e-2 * p.grad.norm()
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -171,21 +172,25 @@ import lightning.pytorch as pl, torch
 from ff_lightning import SFF
 from tests.ddp_worker import SplitData
 from tests.conftest import small_net
+class Norms(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, *args):  # behind the run they are ordinary ones again
+        self.found = [m for m in pl_module.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+        assert torch.distributed.get_backend() == "nccl"
+norms = Norms()
 pl.seed_everything(0, verbose=False)
 model = SFF(small_net(), 10, (1, 8, 8), lr=0.01, optimizer={"class_path": "torch.optim.SGD"})
 trainer = pl.Trainer(max_epochs=1, accelerator="gpu", devices=int(sys.argv[2]), strategy="ddp", sync_batchnorm=True,
+                     callbacks=[norms],
                      logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 trainer.fit(model, SplitData())
-assert torch.distributed.get_backend() == "nccl"
-norms = [module for module in model.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
-assert norms
+assert norms.found
 if trainer.is_global_zero:
     torch.save(model.cpu().state_dict(), sys.argv[1])
 """
 
 
 def test_processes_over_nccl_with_synchronised_norms_train_as_one(tmp_path):
-    count = min(torch.cuda.device_count(), 2)  # one process still sends its gradients over NCCL
+    count = min(torch.cuda.device_count(), 2)  # a process by itself takes the road of several, and averages nothing
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
@@ -210,3 +215,9 @@ def test_the_benchmark_measures_the_memory_of_the_device(capsys):
     shown = capsys.readouterr().out
     assert "memory MB" in shown
     assert "skipped" not in shown
+
+
+def test_a_step_fits_into_a_part_of_the_device_and_not_into_next_to_nothing():
+    settings = Settings("cnn", "standard", 10, 64, 32, "pooled", 2, 2, DEVICE, "32", False)
+    assert _fits(settings, "sff block", 1.0)
+    assert not _fits(settings, "sff block", 1e-3)

@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from multiprocessing.connection import Connection
 
 import torch
 from rich.console import Console
@@ -26,6 +27,9 @@ def largest_batch(settings: Settings, name: str, gib: float) -> int:
         name: See `variants.build`.
         gib: Memory in GiB, beyond that of the process with all its libraries: for the network, its gradients and the
             optimizer's state, the batch, and what the steps keep.
+
+    Raises:
+        ValueError: If not even a step without a limit can be taken.
     """
     fits, too_large = 0, None
     batch = settings.batch
@@ -40,41 +44,64 @@ def largest_batch(settings: Settings, name: str, gib: float) -> int:
 
 def print_batches(settings: Settings, names: Sequence[str], gib: float, console: Console) -> None:
     """Find the largest batch of each variant, and print them; ratios are to the first."""
-    progress = Console(stderr=True)
-    found = {
-        name: largest_batch(settings, name, gib)
-        for name in track(names, "trying batches", console=progress, transient=True)
-    }
+    found: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    for name in track(names, "trying batches", console=Console(stderr=True), transient=True):
+        try:
+            found[name] = largest_batch(settings, name, gib)
+        except ValueError as error:
+            skipped[name] = str(error)
     heading = title(settings).replace(f"batch {settings.batch}", f"{gib:g} GiB")
     table = Table("", "largest batch", "x", title=heading, title_justify="left")
-    base = found[names[0]]
+    base = found.get(names[0], 0)
     for name, batch in found.items():
         table.add_row(label(name, settings), f"{batch}", f"{batch / base:.2f}" if base else "")
     console.print(table)
+    for name, reason in skipped.items():
+        console.print(f"{name}: skipped, {reason}", markup=False)
 
 
 def _fits(settings: Settings, name: str, gib: float) -> bool:
     """Whether two steps fit: the first one makes the optimizer's state."""
     if settings.batch < 1:
         return False
-    process = multiprocessing.get_context("spawn").Process(target=_try, args=(settings, name, gib), daemon=True)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_try, args=(theirs, settings, name, gib), daemon=True)
     process.start()
+    theirs.close()
+    try:
+        refused = ours.recv()
+    except EOFError:
+        refused = "the process has ended: it may have run out of memory"
     process.join()
+    if refused:
+        raise ValueError(refused)
     return process.exitcode == 0
 
 
-def _try(settings: Settings, name: str, gib: float) -> None:
-    """What the process of a trial does; it ends with an error where memory runs out."""
+def _try(pipe: Connection, settings: Settings, name: str, gib: float) -> None:
+    """What the process of a trial does: a step without a limit, then with it; it ends with an error if memory ends."""
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if settings.device == "cpu":
-        build(replace(settings, batch=2), name).step()  # threads and libraries are there
-        with open("/proc/self/status") as file:
-            used = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
-        limit = used + int(gib * GIB)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    else:
-        _, total = torch.cuda.mem_get_info(settings.device)
-        torch.cuda.set_per_process_memory_fraction(min(gib * GIB / total, 1.0), settings.device)
+    try:
+        build(replace(settings, batch=2 * settings.micro_batches), name).step()  # threads and libraries are there
+        _limit(settings.device, int(gib * GIB))
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        pipe.send(f"{type(error).__name__}: {reason[0] if reason else ''}")
+        return
+    pipe.send("")
     variant = build(settings, name)
     variant.step()
     variant.step()
+
+
+def _limit(device: str, size: int) -> None:
+    """From here on the process may take so many bytes more."""
+    if device != "cpu":
+        _, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(min(size / total, 1.0), torch.device(device).index or 0)
+        return
+    with open("/proc/self/status") as file:
+        used = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + size, used + size))

@@ -33,6 +33,7 @@ PRODUCTS: list[Any] = [
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
 ]
 """What takes most of the time: selective checkpointing keeps its results."""
 

@@ -94,41 +94,56 @@ def region_means(features: Tensor, regions: tuple[int, ...]) -> Tensor:
     """Mean over regions, as `adaptive_avg_pool2d` draws them: (B, C, H, W) -> (B, C, *regions), also of other axes.
 
     On a CPU it takes half the time or less, for maps in the order channels last an eighth: large regions are summed
-    line by line, small ones by one matrix product. So it is done, too, where deterministic algorithms are asked for:
-    PyTorch's own has none on a GPU.
+    line by line, small ones by one matrix product. On a GPU the product is taken where deterministic algorithms are
+    asked for: PyTorch's own has none.
     """
     size = tuple(features.shape[2:])  # no plain numbers where a network is traced for any size
     if size == regions:
         return features
-    last = len(size) == 2 and not features.is_contiguous() and features.is_contiguous(memory_format=torch.channels_last)
-    known = all(type(side) is int for side in size) and (last or features.is_contiguous())
-    wanted = (len(size) == 2 and features.device.type == "cpu") or torch.are_deterministic_algorithms_enabled()
-    if not (known and wanted):
+    known, device = all(type(side) is int for side in size), features.device.type
+    if known and device == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return means_by_shares(features, regions)
+    flat = features.is_contiguous()
+    last = len(size) == 2 and not flat and not is_transformed() and _is_channels_last(features)
+    if not known or device != "cpu" or len(size) != 2 or not (flat or last):
         return _MEANS[len(regions) - 1](features, regions)
     divides = not any(side % part for side, part in zip(size, regions, strict=True))
-    if divides and (last or (len(size) == 2 and size[1] >= 8 * regions[1])):
+    if divides and (last or size[1] >= 8 * regions[1]):
         (rows, columns), axis = regions, 1 if last else 2
         maps = features.movedim(1, -1) if last else features
         means = maps.unflatten(axis, (rows, -1)).mean(axis + 1).unflatten(axis + 1, (columns, -1)).mean(axis + 2)
         return means.movedim(-1, 1) if last else means
+    return means_by_shares(features, regions)
+
+
+def _is_channels_last(features: Tensor) -> bool:
+    return features.is_contiguous(memory_format=torch.channels_last)
+
+
+def means_by_shares(features: Tensor, regions: tuple[int, ...]) -> Tensor:
+    """The means of `region_means` by one matrix product, for any number of axes and any order in memory."""
+    size = tuple(features.shape[2:])
     is_plain = type(features) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
-    shares = (_kept_shares if is_plain else _shares)(size, regions, torch.get_default_dtype()).to(features)
-    if last:
-        return (shares.mT @ features.movedim(1, -1).flatten(1, 2)).movedim(-1, 1).unflatten(2, regions)
-    return (features.flatten(2) @ shares).unflatten(2, regions)
+    make = _kept_shares if is_plain else _shares
+    shares = make(size, regions, torch.get_default_dtype(), features.device).to(features.dtype)
+    if features.is_contiguous():
+        return (features.flatten(2) @ shares).unflatten(2, regions)
+    return (shares.mT @ features.movedim(1, -1).flatten(1, -2)).movedim(-1, 1).unflatten(2, regions)
 
 
 @lru_cache(maxsize=64)
-def _kept_shares(size: tuple[int, ...], regions: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _kept_shares(size: tuple[int, ...], regions: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():  # training may use it later
-        return _shares(size, regions, dtype)
+        return _shares(size, regions, dtype, device)
 
 
-def _shares(size: Sequence[int], regions: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _shares(size: Sequence[int], regions: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The share of each position in the mean over each region, (positions, number of regions)."""
-    of_axes = (
-        F.adaptive_avg_pool1d(torch.eye(side, dtype=dtype), part) for side, part in zip(size, regions, strict=True)
-    )
+    of_axes = []
+    for side, part in zip(size, regions, strict=True):
+        place, region = torch.arange(side, device=device)[:, None], torch.arange(part, device=device)
+        start, end = region * side // part, ((region + 1) * side + part - 1) // part
+        of_axes.append(((start <= place) & (place < end)).to(dtype) / (end - start))
     return reduce(torch.kron, of_axes)
 
 
