@@ -19,7 +19,7 @@ from tests.pages import MYPACKAGE, PAGES, ROOT, code, name_of
 SHAPE = {"num_classes": 10, "input_shape": (3, 32, 32)}
 QUICK = "limit_train_batches=2, limit_val_batches=1, logger=False, enable_checkpointing=False, accelerator='cpu'"
 OTHERS = ("README.md", "docs/data.md", "docs/extend.md", "docs/search.md")
-SLOW = ("docs/networks.md", "docs/performance.md")
+SLOW = ("docs/journal.md", "docs/networks.md", "docs/performance.md")
 
 
 def trained(folder, backbone="cnn", module=None, **settings):
