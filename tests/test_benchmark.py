@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -13,7 +14,7 @@ from ff_lightning import LocalNet
 from ff_lightning.benchmark.__main__ import main
 from ff_lightning.benchmark.fits import largest_batch
 from ff_lightning.benchmark.frontier import FRONTIER, REFERENCES
-from ff_lightning.benchmark.measure import Alive, Course, Result, _count, measure, ratio_of_times
+from ff_lightning.benchmark.measure import Alive, Course, Result, _count, answer, measure, ratio_of_times, start
 from ff_lightning.benchmark.report import print_table
 from ff_lightning.benchmark.variants import Settings, build
 from ff_lightning.util.memory import saved_for_backward
@@ -141,6 +142,16 @@ def test_the_largest_batch_is_found_up_to_a_sixteenth_and_none_is_tried_twice(li
     )
     assert limit - limit // 16 <= largest_batch(SETTINGS, "backprop", 1) <= limit
     assert len(asked) == len(set(asked))
+
+
+def die(pipe):
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_noticed():
+    pipe, _ = start(die)
+    with pytest.raises(RuntimeError, match="the process of 'backprop' has ended: it may have run out of memory"):
+        answer(pipe, "backprop")
 
 
 @pytest.mark.slow

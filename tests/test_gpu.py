@@ -33,9 +33,8 @@ def _exact(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def fit(folder, model=None, module=None, accelerator=ACCELERATOR, **settings):
+def fit(folder, model, module=None, accelerator=ACCELERATOR, **settings):
     """A trained model on the CPU, and its Trainer."""
-    model = SFF(small_net(), **methods.SHAPE, lr=0.01) if model is None else model
     settings = {"limit_train_batches": 8, "max_epochs": 1, **settings}
     trainer = make_trainer_in(folder)(accelerator=accelerator, **settings)
     trainer.fit(model, module or data.Digits(batch_size=32))

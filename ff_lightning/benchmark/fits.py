@@ -1,6 +1,5 @@
 """The largest batch that a training step of a variant takes in some memory, by trying."""
 
-import multiprocessing
 import os
 import resource
 import sys
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ff_lightning.benchmark.measure import answer, in_words, start
 from ff_lightning.benchmark.report import label, title
 from ff_lightning.benchmark.variants import Settings, build
 
@@ -29,7 +29,7 @@ def largest_batch(settings: Settings, name: str, gib: float) -> int:
             optimizer's state, the batch, and what the steps keep.
 
     Raises:
-        ValueError: If not even a step without a limit can be taken.
+        RuntimeError: If not even a step without a limit can be taken.
     """
     fits, too_large = 0, None
     batch = settings.batch
@@ -49,7 +49,7 @@ def print_batches(settings: Settings, names: Sequence[str], gib: float, console:
     for name in track(names, "trying batches", console=Console(stderr=True), transient=True):
         try:
             found[name] = largest_batch(settings, name, gib)
-        except ValueError as error:
+        except RuntimeError as error:
             skipped[name] = str(error)
     heading = title(settings).replace(f"batch {settings.batch}", f"{gib:g} GiB")
     table = Table("", "largest batch", "x", title=heading, title_justify="left")
@@ -63,20 +63,10 @@ def print_batches(settings: Settings, names: Sequence[str], gib: float, console:
 
 def _fits(settings: Settings, name: str, gib: float) -> bool:
     """Whether two steps fit: the first one makes the optimizer's state."""
-    if settings.batch < 1:
-        return False
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_try, args=(theirs, settings, name, gib), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        refused = ours.recv()
-    except EOFError:
-        refused = "the process has ended: it may have run out of memory"
+    pipe, process = start(_try, settings, name, gib)
+    if refused := answer(pipe, name):
+        raise RuntimeError(refused)
     process.join()
-    if refused:
-        raise ValueError(refused)
     return process.exitcode == 0
 
 
@@ -87,8 +77,7 @@ def _try(pipe: Connection, settings: Settings, name: str, gib: float) -> None:
         build(replace(settings, batch=2 * settings.micro_batches), name).step()  # threads and libraries are there
         _limit(settings.device, int(gib * GIB))
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        pipe.send(f"{type(error).__name__}: {reason[0] if reason else ''}")
+        pipe.send(in_words(error))
         return
     pipe.send("")
     variant = build(settings, name)

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import torch
@@ -130,31 +131,43 @@ def measure(settings: Settings, names: list[str], compiled: bool, repetitions: i
         repetitions: Turns of each; 0: nothing is timed, only counted.
         steps: Steps of a turn that are counted.
     """
-    context = multiprocessing.get_context("spawn")
     workers = []
     console = Console(stderr=True)
     variants = [(name, False) for name in names] + [(name, True) for name in names if compiled]
     for name, compile_it in track(variants, "building and counting", console=console, transient=True):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, settings, name, compile_it, steps), daemon=True)
-        process.start()
-        result = _answer(ours, name)  # one after the other: none is disturbed while it counts
+        ours, process = start(_work, settings, name, compile_it, steps)
+        result = answer(ours, name)  # one after the other: none is disturbed while it counts
         workers.append((ours, process, result))
     running = [worker for worker in workers if not worker[2].skipped]
     for turn in track(range(repetitions + 1 if repetitions else 0), "taking turns", console=console, transient=True):
         for ours, _, result in running:
             ours.send("turn")
-            seconds = _answer(ours, result.name)
+            seconds = answer(ours, result.name)
             if turn:  # the first warms up
                 result.seconds.append(seconds)
     for ours, process, result in running:
         ours.send("end")
-        result.device_peak = _answer(ours, result.name)
+        result.device_peak = answer(ours, result.name)
         process.join()
     return [result for _, _, result in workers]
 
 
-def _answer(pipe: Connection, name: str) -> Any:
+def start(work: Callable[..., None], *args: Any) -> tuple[Connection, BaseProcess]:
+    """Start a fresh process that does some work; its first argument is the other end of the pipe."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, *args), daemon=True)
+    process.start()
+    theirs.close()  # or nobody notices where the process dies
+    return ours, process
+
+
+def answer(pipe: Connection, name: str) -> Any:
+    """What the process of a variant sends.
+
+    Raises:
+        RuntimeError: If it has ended instead.
+    """
     try:
         return pipe.recv()
     except EOFError:
@@ -178,14 +191,19 @@ def _work(pipe: Connection, settings: Settings, name: str, compile_it: bool, ste
         if compile_it:
             result.compile_seconds = time.perf_counter() - start
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        pipe.send(Result(label, [], skipped=f"{type(error).__name__}: {reason[0] if reason else ''}"))
+        pipe.send(Result(label, [], skipped=in_words(error)))
         return
     pipe.send(result)
     while pipe.recv() == "turn":
         _seconds_of_step(variant, settings)
         pipe.send(statistics.mean(_seconds_of_step(variant, settings) for _ in range(steps)))
     pipe.send(_peak(settings) - before)
+
+
+def in_words(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    reason = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {reason[0] if reason else ''}"
 
 
 def _seconds_of_step(variant: Variant, settings: Settings) -> float:

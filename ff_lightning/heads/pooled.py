@@ -104,7 +104,9 @@ def region_means(features: Tensor, regions: tuple[int, ...]) -> Tensor:
     if known and device == "cuda" and torch.are_deterministic_algorithms_enabled():
         return means_by_shares(features, regions)
     flat = features.is_contiguous()
-    last = len(size) == 2 and not flat and not is_transformed() and _is_channels_last(features)
+    last = (
+        len(size) == 2 and not (flat or is_transformed()) and features.is_contiguous(memory_format=torch.channels_last)
+    )
     if not known or device != "cpu" or len(size) != 2 or not (flat or last):
         return _MEANS[len(regions) - 1](features, regions)
     divides = not any(side % part for side, part in zip(size, regions, strict=True))
@@ -114,10 +116,6 @@ def region_means(features: Tensor, regions: tuple[int, ...]) -> Tensor:
         means = maps.unflatten(axis, (rows, -1)).mean(axis + 1).unflatten(axis + 1, (columns, -1)).mean(axis + 2)
         return means.movedim(-1, 1) if last else means
     return means_by_shares(features, regions)
-
-
-def _is_channels_last(features: Tensor) -> bool:
-    return features.is_contiguous(memory_format=torch.channels_last)
 
 
 def means_by_shares(features: Tensor, regions: tuple[int, ...]) -> Tensor:
@@ -141,10 +139,15 @@ def _shares(size: Sequence[int], regions: Sequence[int], dtype: torch.dtype, dev
     """The share of each position in the mean over each region, (positions, number of regions)."""
     of_axes = []
     for side, part in zip(size, regions, strict=True):
-        place, region = torch.arange(side, device=device)[:, None], torch.arange(part, device=device)
-        start, end = region * side // part, ((region + 1) * side + part - 1) // part
+        place, (start, end) = torch.arange(side, device=device)[:, None], _bounds(side, part, device)
         of_axes.append(((start <= place) & (place < end)).to(dtype) / (end - start))
     return reduce(torch.kron, of_axes)
+
+
+def _bounds(count: int | Tensor, regions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each region begins and ends, as `adaptive_avg_pool1d` draws them: (regions,), or (B, 1, regions)."""
+    region = torch.arange(regions, device=device)
+    return region * count // regions, ((region + 1) * count + regions - 1) // regions
 
 
 def token_means(features: Tensor, mask: Tensor, regions: int) -> Tensor:
@@ -159,8 +162,7 @@ def token_means(features: Tensor, mask: Tensor, regions: int) -> Tensor:
         (B, C, regions), zeros where a sample has no token at all.
     """
     place, count = mask.cumsum(1)[:, :, None] - 1, mask.sum(1)[:, None, None]  # (B, T, 1), (B, 1, 1)
-    region = torch.arange(regions, device=mask.device)
-    starts, ends = region * count // regions, ((region + 1) * count + regions - 1) // regions
+    starts, ends = _bounds(count, regions, mask.device)
     inside = mask[:, :, None] & (starts <= place) & (place < ends)  # (B, T, regions)
     shares = inside / inside.sum(1, keepdim=True).clamp(min=1)
     return without_padding(features, mask) @ shares.to(features.dtype)
