@@ -58,6 +58,19 @@ class _Parser(LightningArgumentParser):
         command = next((given for given in self.given if given in self.commands), "fit")
         end(text, f"ff-lightning {command} --help", f"ff-lightning {command} --model.help SFF")
 
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """The arguments as text, without functions and classes that are defaults: who reads the text has them again.
+
+        Text cannot say some of them, such as a partial, and there are others that no checkpoint may name.
+        """
+        namespace = namespace.clone()
+        named = {key: value for key, value in namespace.items() if callable(value)}
+        defaults = self.get_defaults(skip_validation=True) if named else Namespace()
+        for key, value in named.items():
+            if defaults.get(key) is value or "<" in getattr(value, "__qualname__", "<no name>"):
+                del namespace[key]
+        return cast(str, super().dump(namespace, *args, **kwargs))
+
     def add_function_arguments(self, *args: Any, linked_targets: Any = None, **kwargs: Any) -> Any:
         """Jsonargparse gives linked targets to what a class path stands for, but takes them for classes alone."""
         return super().add_function_arguments(*args, **kwargs)

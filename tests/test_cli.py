@@ -1,10 +1,12 @@
 import contextlib
 import gzip
+import importlib
 import inspect
 import io
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +97,8 @@ def test_every_config_runs(config, files):
     quick = [*QUICK, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2]
     quick += ["--trainer.check_val_every_n_epoch", 1]
     if "imagenette" in str(config):
-        quick += ["--data.root", "data/images", "--data.image_size", 64]
+        side = 128 if "vit" in str(config) else 64  # a transformer takes the one size that it was made for
+        quick += ["--data.root", "data/images", "--data.image_size", side]
     if "imdb" in str(config):
         quick += ["--data.length", 8]
     for argument, few in (("subset", 40), ("samples_per_class", 4)):
@@ -134,6 +137,50 @@ class Net(nn.Sequential):
         first, second = (nn.Sequential(nn.Conv2d(c, width, 3), nn.ReLU()) for c in (1, width))
         super().__init__(first, second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 """
+
+
+WITH_FUNCTIONS = """
+import functools
+from collections.abc import Callable
+import torch
+from torch import nn
+from torch.nn import functional as F
+class Double:
+    def __call__(self, x):
+        return 2 * x
+class Net(nn.Module):
+    def __init__(self, width: int = 8, act=F.relu, squash: Callable = torch.tanh, double=Double,
+                 norm: Callable[[int], nn.Module] = functools.partial(nn.LayerNorm, eps=1e-6),
+                 end: nn.Module = nn.Sigmoid(), make=lambda width: nn.Linear(width, 10)):
+        super().__init__()
+        self.first = nn.Sequential(nn.Flatten(), nn.Linear(64, width), norm(width), end)
+        self.act, self.squash, self.double, self.last = act, squash, double(), make(width)
+    def forward(self, x):
+        return self.last(self.double(self.squash(self.act(self.first(x)))))
+"""
+
+
+def test_functions_that_are_defaults_of_a_backbone_stay_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    (tmp_path / "own.py").write_text(WITH_FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("own")  # the class, that is: a checkpoint cannot have its module imported
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run(*DIGITS, "--model.backbone", "own.Net")
+    assert not [str(warning.message) for warning in said if "serialize" in str(warning.message)]
+    first = checkpoint(".")
+    assert torch.load(first, weights_only=True)["hyper_parameters"]["backbone"]["init_args"].keys() == {"width", "end"}
+    assert "test accuracy" in run("test", *QUICK[:8], "--ckpt_path", first)
+    again = ["--config", first.parents[1] / "config.yaml", "--trainer.default_root_dir", "again"]
+    run("fit", *again)
+    before, after = (torch.load(path, weights_only=True)["state_dict"] for path in (first, checkpoint("again")))
+    assert all(before[name].equal(after[name]) for name in before)
+    run(*DIGITS, "--model.backbone", "own.Net", "--model.backbone.squash", "torch.sigmoid",
+        "--trainer.default_root_dir", "other")  # fmt: skip
+    with pytest.raises(SystemExit, match=r"torch.sigmoid.* name it yourself: --model.backbone own.Net"):
+        run("test", *QUICK[:8], "--ckpt_path", checkpoint("other"))
 
 
 def test_a_second_run_in_the_same_folder(tmp_path, monkeypatch):
