@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -64,10 +65,13 @@ class _Parser(LightningArgumentParser):
         Text cannot say some of them, such as a partial, and there are others that no checkpoint may name.
         """
         namespace = namespace.clone()
-        named = {key: value for key, value in namespace.items() if callable(value)}
+        named = {
+            key: value for key, value in namespace.items() if callable(value) and not isinstance(value, os.PathLike)
+        }
         defaults = self.get_defaults(skip_validation=True) if named else Namespace()
         for key, value in named.items():
-            if defaults.get(key) is value or "<" in getattr(value, "__qualname__", "<no name>"):
+            default = defaults.get(key)
+            if value is default or (type(value) is type(default) and not hasattr(value, "__qualname__")):  # its copy
                 del namespace[key]
         return cast(str, super().dump(namespace, *args, **kwargs))
 

@@ -23,6 +23,9 @@ _NO_METHOD = "trainer"
 def main(args: Sequence[str] | None = None) -> None:
     """Run and tabulate; see ``--help``."""
     arguments, of_fit = _parser().parse_known_args(args)
+    for option in ("--seed_everything", "--data.seed"):
+        if any(argument.split("=")[0] == option for argument in of_fit):
+            sys.exit(f"{option}: each run has the seed of its own, give --seeds")
     if arguments.plot:
         with in_one_line():
             needs("matplotlib", "plot")
@@ -44,7 +47,12 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"{left} of {len(runs)} runs are left to another process: they are not in the table yet", file=sys.stderr)
     found = [one for one in runs_in(arguments.runs) if not arguments.methods or one.method in arguments.methods]
     if not found:
-        sys.exit(f"there are no runs in {arguments.runs}")
+        of_methods = f" of {' or '.join(arguments.methods)}" if arguments.methods else ""
+        sys.exit(f"there are no runs{of_methods} in {arguments.runs}")
+    known = sorted({name for one in found for name in one.of_stage(arguments.stage)})
+    for figure in arguments.figures:
+        if figure not in known:
+            sys.exit(unknown("figures", figure, known, f"one of {known}, which the runs have logged"))
     print(table(found, arguments.stage, arguments.methods, arguments.figures))
     if arguments.csv:
         write_csv(found, arguments.stage, arguments.csv)
@@ -108,4 +116,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on", file=sys.stderr)
+        sys.exit(130)

@@ -177,10 +177,28 @@ def test_functions_that_are_defaults_of_a_backbone_stay_its_own(tmp_path, monkey
     run("fit", *again)
     before, after = (torch.load(path, weights_only=True)["state_dict"] for path in (first, checkpoint("again")))
     assert all(before[name].equal(after[name]) for name in before)
-    run(*DIGITS, "--model.backbone", "own.Net", "--model.backbone.squash", "torch.sigmoid",
-        "--trainer.default_root_dir", "other")  # fmt: skip
-    with pytest.raises(SystemExit, match=r"torch.sigmoid.* name it yourself: --model.backbone own.Net"):
-        run("test", *QUICK[:8], "--ckpt_path", checkpoint("other"))
+
+
+@pytest.mark.parametrize("name", ["torch.sigmoid", "torch.nn.functional.max_pool1d"])  # the latter is <locals>.fn
+def test_a_function_that_was_asked_for_is_not_forgotten(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    given = ", 1" if "pool" in name else ""
+    (tmp_path / "own.py").write_text(WITH_FUNCTIONS.replace("self.first(x)))", f"self.first(x)){given})"))
+    run(*DIGITS, "--model.backbone", "own.Net", "--model.backbone.squash", name)
+    with pytest.raises(SystemExit, match=rf"{name}.* name it yourself: --model.backbone own.Net"):
+        run("test", *QUICK[:8], "--ckpt_path", checkpoint("."))
+
+
+def test_a_path_of_a_backbone_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    own = OWN.replace("width: int = 4", "width: int = 4, table: Path_fr | None = None")
+    (tmp_path / "own.py").write_text(f"from jsonargparse.typing import Path_fr\n{own}")
+    (tmp_path / "table.txt").write_text("1")
+    run(*DIGITS, "--model.backbone", "own.Net", "--model.backbone.table", "table.txt")
+    stored = torch.load(checkpoint("."), weights_only=True)["hyper_parameters"]["backbone"]
+    assert stored["init_args"]["table"] == "table.txt"
 
 
 def test_a_second_run_in_the_same_folder(tmp_path, monkeypatch):

@@ -201,6 +201,22 @@ class Scaled(nn.Module):
         return self.conv(self.scale * x).relu()
 
 
+class Joined(nn.Module):
+    """Two halves side by side."""
+
+    def __init__(self, channels, out):
+        super().__init__()
+        self.halves = nn.ModuleList(nn.Conv2d(channels, out // 2, 3, padding=1) for _ in range(2))
+        self.after = nn.Conv2d(out, out, 3, 2, 1)
+
+    def forward(self, x):
+        return self.after(torch.cat([half(x) for half in self.halves], 1)).relu()
+
+
+def joined():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), Joined(8, 10), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 def with_weight_norm():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.utils.weight_norm(nn.Conv2d(4, 8, 3)), nn.ReLU())
 
@@ -215,6 +231,11 @@ def with_weight_norm():
             lambda: nn.Sequential(*(nn.Conv2d(c, 4, 3, padding=1) for c in (1, 4))),
             {},
             "no block behind 0 changes the sh",
+        ),
+        (
+            joined,
+            {"width": 0.3},
+            "width=0.3: the blocks behind 0 cannot be made so narrow, they join",
         ),
         (lambda: nn.Sequential(Scaled(1, 4), Scaled(4, 8)), {"width": 0.5}, r"width=0.5: the Scaled in 1.*narrower"),
         pytest.param(

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from scipy import stats
 
 from ff_lightning import results
 from ff_lightning.cli import main as ff_lightning
+from ff_lightning.commands import runs as runs_module
 from ff_lightning.commands.runs import RECORD, SETTINGS, Run, read_run, run
 from ff_lightning.commands.tabulating import table
 from ff_lightning.util.files import claimed
@@ -216,9 +218,56 @@ def test_a_table_mixes_no_settings(tmp_path, there, more):
     folder.mkdir(parents=True)
     config = (ROOT / "configs" / there.partition("-")[0].removesuffix("_deep") / "digits_cnn.yaml").read_text()
     (folder / SETTINGS).write_text(f"{config}\n# --stage test \n")
+    (folder / "last.ckpt").touch()
     arguments = ["digits_cnn", "--seeds", "1", "--methods", "sff", *CONFIGS]
     with pytest.raises(SystemExit, match=rf"(?s)other settings.*{there}.*--stage"):
         results.main([*arguments, "--runs", str(tmp_path), *more])
+
+
+def test_settings_may_be_mended_until_there_is_a_checkpoint(tmp_path, monkeypatch):
+    """As after Ctrl-C or SIGKILL in the first epoch."""
+    monkeypatch.setattr(runs_module, "_make", lambda part, *_: pytest.fail("begins"))
+    part = tmp_path / "digits_cnn/sff-0.part"
+    part.mkdir(parents=True)
+    (part / SETTINGS).write_text("lr: 0.1\n# --stage test \n")
+    arguments = ["digits_cnn", "--seeds", "1", "--methods", "sff", *CONFIGS, "--runs", str(tmp_path)]
+    with claimed(part.with_suffix(".lock")), pytest.raises(SystemExit, match="other settings"):
+        results.main(arguments)
+    with pytest.raises(pytest.fail.Exception, match="begins"):
+        results.main(arguments)
+
+
+@pytest.mark.parametrize("option", [["--seed_everything", "5"], ["--data.seed=5"]])
+def test_one_seed_for_all_runs_is_refused(tmp_path, option):
+    with pytest.raises(SystemExit, match=rf"{option[0].split('=')[0]}: each run has the seed of its own, give --seeds"):
+        results.main(["digits_cnn", *CONFIGS, "--runs", str(tmp_path), *option])
+
+
+def test_the_table_passes_over_what_is_no_run_and_names_what_cannot_be_read(tmp_path, capsys):
+    for method in ("sff", "ff"):
+        write(made("digits_cnn", method, 0, acc=0.9), tmp_path)
+    record = tmp_path / "digits_cnn/sff-0" / RECORD
+    shutil.copytree(record.parent, record.parent.with_name("sff-old"))
+    record.write_text(json.dumps({**json.loads(record.read_text()), "of_a_later_version": 1}))
+    results.main(["--runs", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1] == "| `digits_cnn` | acc, % | 0 | 90.00 | 90.00 | +0.00 |"
+    for content in ("{", "{}", "[]"):
+        record.write_text(content)
+        with pytest.raises(SystemExit, match=r"sff-0.run.json cannot be read: .*; remove the folder"):
+            results.main(["--runs", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--figures", "ac"], "figures='ac' is not known: .*did you mean 'acc'"),
+        (["--methods", "ff"], "there are no runs of ff in"),
+    ],
+)
+def test_what_no_run_has_is_named(tmp_path, given, says):
+    write(made("digits_cnn", "sff", 0, acc=0.9), tmp_path)
+    with pytest.raises(SystemExit, match=says):
+        results.main(["--runs", str(tmp_path), *given])
 
 
 def test_a_comment_is_no_setting(tmp_path):

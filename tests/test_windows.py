@@ -11,8 +11,11 @@ from torch import nn
 from ff_lightning import SFF, LocalNet
 from ff_lightning.backbones import build_backbone
 from ff_lightning.callbacks import BlockTable, GreedyBlocks
+from ff_lightning.callbacks.table import kept_per_image
 from ff_lightning.heads import GoodnessHead
+from ff_lightning.local.objectives import Objective
 from ff_lightning.local.windows import Windows
+from ff_lightning.losses import NextTokenLoss
 from ff_lightning.partition.channelwise import all_kept
 from ff_lightning.util.memory import saved_for_backward
 from tests.conftest import Residual, small_net
@@ -54,7 +57,8 @@ def naive(net, x, y, ends, own_loss):
         window.append(losses[-1])
         state = nn.functional.layer_norm(out, out.shape[1:])
         if k in ends:
-            sum(own_loss ** (len(window) - 1 - i) * loss for i, loss in enumerate(window)).backward()
+            weighted = ((own_loss ** (len(window) - 1 - i), loss) for i, loss in enumerate(window))
+            sum(weight * loss for weight, loss in weighted if weight).backward()
             window, state = [], state.detach()
     return torch.stack(losses).detach()
 
@@ -166,6 +170,98 @@ def test_what_is_kept_stays_below_the_share_of_backprop(network, share):
     assert max(found) <= 1.01 * max(share, *(net.windows.kept.share(k, k) for k in range(len(net.blocks))))
 
 
+class TwoConvolutions(Objective):
+    """A loss that keeps more than its scores do."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Conv2d(place.shape[0], place.shape[0], 3, padding=1) for _ in range(2)))
+
+    def loss(self, features, target):
+        return self.layers(features).square().mean()
+
+    def forward(self, features):
+        return features.mean((2, 3))[:, :10]
+
+
+@pytest.mark.parametrize("loss", ["similarity", "predsim", "supcon", TwoConvolutions, nn.BCEWithLogitsLoss])
+def test_what_a_loss_keeps_counts(loss):
+    net = make(nn.Sequential(*(Residual(16) for _ in range(5))), input_shape=(16, 16, 16), reach=0.7, loss=loss)
+    x, y = torch.randn(16, 16, 16, 16), torch.arange(16) % 10
+    whole = of_backprop(net, x)
+    for ends in net.windows.placements:
+        found = peak(net, x, y if loss is not nn.BCEWithLogitsLoss else torch.zeros(16, 10)) / whole
+        assert found == pytest.approx(max(net.windows.shares(ends)), rel=0.02)
+        assert found <= 0.71
+
+
+@pytest.mark.filterwarnings("ignore:reach=")
+def test_what_the_loss_of_tokens_keeps_counts():
+    layers = (nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(4))
+    network = nn.Sequential(nn.Embedding(50, 16), *layers)
+    net = make(network, input_shape=(24,), vocabulary=50, head="tokens", loss=NextTokenLoss, reach=0.9)
+    ids = torch.randint(10, (32, 24))
+    whole = of_backprop(net, ids)
+    for ends in net.windows.placements:
+        assert peak(net, ids, ids) / whole == pytest.approx(max(net.windows.shares(ends)), rel=0.03)
+
+
+class TwoInputs(nn.Module):
+    """The second input enters a later layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 8, 3)
+        self.last = nn.Sequential(
+            nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+        )
+
+    def forward(self, x, z):
+        x = self.first(x).relu()
+        return self.last(self.third(x + self.second(z).relu()).relu())
+
+
+@pytest.mark.filterwarnings("ignore:reach=")
+@pytest.mark.parametrize("reach", [0.6, 0.8, 0.95])
+def test_every_input_of_the_batch_counts(reach):
+    example = torch.randn(256, 1, 16, 16), torch.randn(256, 1, 16, 16)
+    torch.manual_seed(0)
+    net = LocalNet(TwoInputs(), 10, "layer", example=example, reach=reach)
+    y = torch.arange(256) % 10
+    with all_kept(), saved_for_backward(left_out=net.parameters()) as saved:
+        state = example
+        for block in net.blocks:
+            state = block(state)
+    for ends in net.windows.placements:
+        found = peak(net, example, y) / saved.peak
+        assert found == pytest.approx(max(net.windows.shares(ends)), rel=0.02)
+
+
+def test_counting_leaves_no_trace():
+    """Neither in random numbers, nor in what a loss remembers."""
+
+    class Remembering(TwoConvolutions):
+        def __init__(self, place):
+            super().__init__(place)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def loss(self, features, target):
+            self.seen += 1
+            return super().loss(features + torch.rand_like(features), target)
+
+    net = deep(3, loss=Remembering)
+    state = torch.get_rng_state()
+    net.kept()
+    assert torch.equal(state, torch.get_rng_state())
+    assert not net.objectives[0].seen
+
+
+def test_a_compiled_network_is_counted_as_it_is():
+    one, two = make(), make()
+    two.compile_blocks()
+    assert kept_per_image(one) == kept_per_image(two)
+
+
 NETWORKS = [
     "swin_t",
     "resnet18",
@@ -196,11 +292,25 @@ def test_what_real_networks_keep_stays_below_the_share_of_backprop(name):
 def test_an_own_loss_that_says_nothing_is_told():
     with pytest.warns(UserWarning, match="own_loss=0.3 has no effect: no window of reach=1 has two blocks"):
         make(own_loss=0.3)
-    with pytest.warns(UserWarning, match=r"own_loss=0: the heads of blocks \[0, 1\] never learn"):
-        make(reach=1.0, own_loss=0)
+    with pytest.warns(UserWarning, match=r"own_loss=0.0: the heads of blocks \[0, 1\] never learn"):
+        make(reach=1.0, own_loss=0).loss(X, Y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make(reach=3, own_loss=0)
+        make(reach=3, own_loss=0).loss(X, Y)
+        net = make(reach=1.0, own_loss=0)
+        net.train_only([0])  # whose window ends with it
+        net.loss(X, Y)
+
+
+def test_the_heads_of_losses_without_weight_stay():
+    net = make(reach=1.0, own_loss=0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    before = [[p.clone() for p in head.parameters()] for head in net.heads]
+    with pytest.warns(UserWarning, match="never learn"):
+        net.loss(X, Y).backward()
+    optimizer.step()
+    same = [all(map(torch.equal, old, head.parameters())) for old, head in zip(before, net.heads, strict=True)]
+    assert same == [True, True, False]
 
 
 def test_windows_end_at_blocks_that_are_not_trained():
@@ -251,3 +361,14 @@ def test_the_table_shows_windows_and_what_they_keep(make_trainer, digits, capsys
         assert f"{most:.2f}" in printed
     assert "0-1: " in printed
     assert "1-2: " in printed
+
+
+def test_the_table_shows_no_windows_of_blocks_that_are_held(make_trainer, digits, capsys):
+    model = SFF("cnn", 10, (1, 8, 8), reach=1.0, train_blocks=[1, 2])
+    make_trainer(max_epochs=1, callbacks=[BlockTable()]).fit(model, digits)
+    printed = capsys.readouterr().out
+    share = model.net.windows.kept.share(1, 2)
+    assert f" 1-2: {share:.2f} " in printed
+    assert "0-2" not in printed
+    assert " 0: " not in printed
+    assert f"{share * kept_per_image(model.net)[1] / 1024:,.0f} KiB" in printed

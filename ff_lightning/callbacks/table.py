@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from ff_lightning.local.net import LocalNet
-from ff_lightning.local.windows import Windows, spans
+from ff_lightning.local.windows import spans
 
 
 class BlockTable(Callback):
@@ -41,7 +41,7 @@ class BlockTable(Callback):
             table.add_row("", "backprop", "", "", "", backprop)
         Console().print(table)
         if net.windows.kept is not None:
-            Console().print(_windows(net.windows))
+            Console().print(_windows(net))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the accuracies of the last validation, and where the checkpoints are."""
@@ -108,7 +108,8 @@ def kept_per_image(net: LocalNet) -> tuple[int, int]:
     if net.hooked is not None:
         return 0, 0
     kept = net.windows.kept or net.kept()
-    most = max(kept.share(first, last) for ends in net.windows.placements for first, last in spans(ends))
+    run = (span for ends in net.windows.run(net.trained) for span in spans(ends) if span[1] in net.trained)
+    most = max(kept.share(first, last) for first, last in run)
     return round(most * kept.backprop), kept.backprop
 
 
@@ -130,17 +131,17 @@ def _units(learner: Any) -> Table:
     return table
 
 
-def _windows(windows: Windows) -> Table:
-    """The placements of the windows, in the order in which they take turns, and what they keep."""
+def _windows(net: LocalNet) -> Table:
+    """The windows of trained blocks, in the order in which their placements take turns, and what they keep."""
+    windows = net.windows
     table = Table(title=f"windows of reach={windows.reach}")
     for column in ("batch", "blocks: share of what backprop keeps", "most"):
         table.add_column(column, justify="left" if column.startswith("blocks") else "right")
-    for number, ends in enumerate(windows.placements):
-        shares = windows.shares(ends)
-        texts = [
-            f"{a}: {s:.2f}" if a == b else f"{a}-{b}: {s:.2f}" for (a, b), s in zip(spans(ends), shares, strict=True)
-        ]
-        table.add_row(str(number), "  ".join(texts), f"{max(shares):.2f}")
+    for number, ends in enumerate(windows.run(net.trained)):
+        both = zip(spans(ends), windows.shares(ends), strict=True)
+        shares = {span: share for span, share in both if span[1] in net.trained}
+        texts = [f"{a}: {share:.2f}" if a == b else f"{a}-{b}: {share:.2f}" for (a, b), share in shares.items()]
+        table.add_row(str(number), "  ".join(texts), f"{max(shares.values()):.2f}")
     return table
 
 

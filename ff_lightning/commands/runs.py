@@ -65,14 +65,24 @@ class Run(NamedTuple):
 
 
 def runs_in(folder: Path) -> list[Run]:
-    """The finished runs in ``FOLDER/RECIPE/METHOD-SEED``, by recipe, method and seed."""
-    return sorted(read_run(path.parent) for path in folder.glob(f"*/*-*/{RECORD}") if path.parent.suffix != ".part")
+    """The finished runs in ``FOLDER/RECIPE/METHOD-SEED``, by recipe, method and seed; other folders are passed over."""
+    paths = folder.glob(f"*/*-*/{RECORD}")
+    return sorted(read_run(path.parent) for path in paths if re.fullmatch(r".+-\d+", path.parent.name))
 
 
 def read_run(folder: Path) -> Run:
-    """What is recorded of a finished run."""
+    """What is recorded of a finished run.
+
+    Raises:
+        SystemExit: If that cannot be read.
+    """
     method, _, seed = folder.name.rpartition("-")
-    return Run(folder.parent.name, method, int(seed), **json.loads((folder / RECORD).read_text()))
+    try:
+        record = dict(json.loads((folder / RECORD).read_text()))
+        of_run = {name: value for name, value in record.items() if name in Run._fields}  # later versions may write more
+        return Run(folder.parent.name, method, int(seed), **of_run)
+    except (ValueError, TypeError, LookupError) as error:
+        sys.exit(f"{folder / RECORD} cannot be read: {error}; remove the folder, and the run is made again")
 
 
 def run(
@@ -118,6 +128,9 @@ def run(
 def _check_settings(settings: str, folder: Path) -> None:
     """End the process if a run of the recipe has other settings; the methods share the last line alone."""
     for there in sorted(folder.parent.glob(f"*/{SETTINGS}")):
+        part = there.parent
+        if part.suffix == ".part" and _last_checkpoint(part) is None and not _is_made(part.with_suffix(".lock")):
+            continue  # there is nothing to go on with: the settings may be mended
         start = 0 if there.parent.name.rpartition("-")[0] == folder.name.rpartition("-")[0] else -1
         try:
             old, new = (_without_comments(text)[start:] for text in (there.read_text(), settings))
@@ -126,6 +139,14 @@ def _check_settings(settings: str, folder: Path) -> None:
         if old != new:
             difference = "\n".join(unified_diff(old, new, str(there), "now", n=0, lineterm=""))
             sys.exit(f"would be run with other settings than those that are there; give other --runs:\n{difference}")
+
+
+def _is_made(lock: Path) -> bool:
+    """Whether a process makes the run of a lock."""
+    if not lock.is_file():
+        return False
+    with claimed(lock) as descriptors:
+        return descriptors is None
 
 
 def _without_comments(settings: str) -> list[str]:
@@ -145,18 +166,13 @@ def _make(
     seeded = ["--seed_everything", str(seed)]
     go_on = ["--ckpt_path", str(last)] if last else []
     of_run = [*seeded, "--data.seed", str(seed), *of_fit, "--trainer.default_root_dir", str(part), *go_on]
-    try:
-        _ff_lightning(part, descriptors, "fit", "--config", str(config), *of_run)
-        last = _last_checkpoint(part)
-        if last is None:
-            sys.exit(f"{config} leaves no last.ckpt, which is needed to test the run, and to go on with it")
-        if stage == "test":
-            root = ["--trainer.default_root_dir", str(part / "test")]
-            _ff_lightning(part, descriptors, "test", "--ckpt_path", str(last), *seeded, *root)
-    except SystemExit:
-        if _last_checkpoint(part) is None:  # there is nothing to go on with: the settings may be mended
-            (part / SETTINGS).unlink()
-        raise
+    _ff_lightning(part, descriptors, "fit", "--config", str(config), *of_run)
+    last = _last_checkpoint(part)
+    if last is None:
+        sys.exit(f"{config} leaves no last.ckpt, which is needed to test the run, and to go on with it")
+    if stage == "test":
+        root = ["--trainer.default_root_dir", str(part / "test")]
+        _ff_lightning(part, descriptors, "test", "--ckpt_path", str(last), *seeded, *root)
     facts = facts_of(read_checkpoint(str(last)), str(last))
     judged_by = [name.rpartition("/")[2] for name in facts.figures]
     if facts.task.lower() in TASKS:

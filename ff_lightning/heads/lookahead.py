@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ff_lightning.heads.layers import convolution
@@ -15,6 +16,7 @@ from ff_lightning.heads.place import Place
 from ff_lightning.heads.pooled import PooledHead
 from ff_lightning.partition.block import Block, State, main_output
 from ff_lightning.partition.hooked import HookedBlock
+from ff_lightning.partition.trace import evaluating
 from ff_lightning.util.arguments import check_number, check_whole, shown
 
 
@@ -66,6 +68,19 @@ class LookAhead(nn.Module):
             self.copies.append(_Copy(shape[0], segment, width))
             shape = (_scaled(segment.out_shape[0], width), *segment.out_shape[1:])
         self.pooled = PooledHead(shape[0], num_classes, kernel_size=kernel_size, size=shape[1:])
+        if width < 1:
+            self._check_width(place, width)
+
+    def _check_width(self, place: Place, width: float) -> None:
+        """Raise ValueError if the copies do not fit together, as where rounded channels are put side by side."""
+        try:
+            with evaluating(self):
+                self(torch.zeros(1, *place.shape))
+        except RuntimeError as error:
+            raise ValueError(
+                f"width={shown(width)}: the blocks behind {place.name} cannot be made so narrow, they join or split "
+                f"channels ({str(error).splitlines()[0]}); give 1.0, or a width that leaves no fractions of channels"
+            ) from error
 
     def forward(self, features: Tensor) -> Tensor:
         """Goodness of each class: features (B, C, H, W) of any floating dtype -> (B, K), float32."""

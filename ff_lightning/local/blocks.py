@@ -18,7 +18,7 @@ from ff_lightning.heads import HeadFactory, PooledHead, make_head
 from ff_lightning.heads.factory import takes_mask, with_mask
 from ff_lightning.heads.place import Place
 from ff_lightning.local.chain import Norm, hand_on, held, run_block, state_of
-from ff_lightning.local.objectives import Loss, make_objective
+from ff_lightning.local.objectives import Loss, Objective, example_targets, make_objective
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.windows import Counter, Kept, Storages, Windows
 from ff_lightning.losses import LogSumExpLoss, check_classes
@@ -162,9 +162,15 @@ class LocalBlocks(nn.Module):
 
     def kept(self) -> Kept:
         """What autograd keeps for one example in the blocks: as much as a batch of three keeps more than one of two."""
-        with evaluating(self), torch.enable_grad():
+        like = next(self.parameters(), torch.zeros(0))
+        devices = [like.device] if like.is_cuda else []
+        buffers = [(buffer, buffer.clone()) for buffer in self.objectives.buffers()]  # a loss may change its own
+        with evaluating(self), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
             values = [value[:1] for value in self._example_here()]
-            two, three = (self._storages([torch.cat([value] * count) for value in values]) for count in (2, 3))
+            with torch.enable_grad():
+                two, three = (self._storages([torch.cat([value] * count) for value in values]) for count in (2, 3))
+            for buffer, before in buffers:
+                buffer.copy_(before)
         inputs, backprop, *parts = map(_per_example, two, three)
         redone = [max(part.values(), default=0) for part in parts[1::4]]  # one chain after the other
         return Kept(parts[::4], redone, parts[2::4], parts[3::4], inputs, sum(backprop.values()))
@@ -183,8 +189,7 @@ class LocalBlocks(nn.Module):
                 found += [counter.take(), dict(enumerate(redone))]
                 outside, features = hand_on(block, main_output(out), self.norm, False, True, mask)
                 of_norm = counter.take()
-                with suppress(NotImplementedError):  # an objective without scores
-                    graphs.append(with_mask(self.objectives[k], self._take_mask["forward"][k], features, mask))
+                graphs.append(self._answer_to_example(k, features, mask, counter))
                 found += [counter.take(), of_norm]
                 state = (outside, *out[1:]) if isinstance(out, tuple) else outside
             graphs.append(state)
@@ -193,7 +198,20 @@ class LocalBlocks(nn.Module):
                 for block in cast(Iterable[Block], self.blocks):
                     state = block(state)
         batch = {value.untyped_storage().data_ptr() for value in values}
-        return [{address: size for address, size in found[0].items() if address in batch}, counter.take(), *found]
+        kept = {address: size for part in found[::4] for address, size in part.items() if address in batch}
+        return [kept, counter.take(), *found]
+
+    def _answer_to_example(self, k: int, features: Tensor, mask: Tensor | None, counter: Counter) -> Any:
+        """The loss of a block on an example, with its graph; its scores where no target that we know suits the loss."""
+        objective, takes = cast(Objective, self.objectives[k]), self._take_mask
+        with warnings.catch_warnings(), suppress(NotImplementedError):
+            warnings.simplefilter("ignore")  # of a criterion that broadcasts a target of another shape
+            for target in example_targets(features, self.num_classes):
+                with suppress(Exception):  # of any kind: criteria are the user's own
+                    return with_mask(objective.loss_and_scores, takes["loss_and_scores"][k], features, mask, target)
+                counter.take()  # what the attempt has kept
+            return with_mask(objective, takes["forward"][k], features, mask)
+        return None
 
     def block_parameters(self, k: int) -> list[nn.Parameter]:
         """The trainable parameters of block k and its objective."""
@@ -276,8 +294,8 @@ def _number(block: int | str, names: Sequence[str]) -> int:
     """The number of a block that is given by number or name."""
     if isinstance(block, str) and block in names:
         return names.index(block)
-    if isinstance(block, int) and -len(names) <= block < len(names):
-        return block % len(names)
+    if is_whole(block) and -len(names) <= int(block) < len(names):
+        return int(block) % len(names)
     if isinstance(block, str):
         raise ValueError(unknown("train_blocks", block, names))
     raise ValueError(f"train_blocks: there is no block {block}; the network has blocks 0 to {len(names) - 1}")

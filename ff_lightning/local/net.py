@@ -77,8 +77,8 @@ class LocalNet(LocalBlocks):
             dict of tensors by the names of the arguments of `forward`. In all methods below, x may be a tensor, a tuple
             or a dict like the example. Without a padding mask nothing is masked. Masked positions change no result.
         own_loss: The weights of the losses of a window: with 0.3 the loss of the last block weighs 1, that of the block
-            below 0.3, the next 0.09; with 0 only the last loss counts. The weights apply to gradients, not to the
-            losses that are returned and reported.
+            below 0.3, the next 0.09; with 0 only the last loss counts, and the other heads do not learn. The weights
+            apply to gradients, not to the losses that are returned and reported.
 
     Attributes:
         inputs: What the network is called with, an `Inputs`.
@@ -142,7 +142,7 @@ class LocalNet(LocalBlocks):
         self.norm = norm_for(norm, self.inputs)
         self.vote = vote
         self.reach = reach
-        self.own_loss = own_loss
+        self.own_loss = float(own_loss)
         self.passes = 0
         self.input_shape = self.inputs.shape
         self._example = self.inputs.values(example)
@@ -225,6 +225,8 @@ class LocalNet(LocalBlocks):
         """The loss of one block after the other with its graph, and whether a border follows."""
         self._check_target(y)
         borders = self.windows.borders(self.passes, self.trained)
+        if not self.passes:
+            self.windows.warn_of_heads(self.trained)
         self.passes += torch.is_grad_enabled()
 
         def learn(k: int, features: Tensor, mask: Tensor | None) -> Tensor:

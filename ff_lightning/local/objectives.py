@@ -4,11 +4,12 @@ Shapes: B batch, C channels, H x W or T positions, K classes.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import signature
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -192,6 +193,16 @@ def make_objective(loss: Loss, place: Place) -> Objective:
             "targets to a scalar"
         )
     return HeadObjective(place.make_head(), made)
+
+
+def example_targets(features: Tensor, num_classes: int) -> Iterator[Tensor]:
+    """Targets of the kinds that criteria take, for features (B, C, ...): classes of samples or positions, numbers."""
+    batch, _, *axes = features.shape
+    yield features.new_zeros(batch, dtype=torch.int64)
+    if len(axes) == 1:
+        yield features.new_zeros(batch, *axes, dtype=torch.int64)
+    yield features.new_zeros(batch, num_classes)
+    yield features.new_zeros(batch)
 
 
 def _takes_place(factory: Callable[..., nn.Module]) -> bool:

@@ -44,7 +44,7 @@ class Kept:
             if self.redone[k]:  # in backward, where what is above the block is gone
                 most = max(most, sum(kept.values()) + self.redone[k])
             kept |= self.objectives[k] | (self.norms[k] if k < last else {})
-        return max(most, sum(kept.values())) / max(self.backprop, 1)
+        return max(most, sum(kept.values())) / self.backprop if self.backprop else 0.0
 
 
 class Counter:
@@ -86,7 +86,6 @@ class Windows:
             below 1. 1.0 is one window over all blocks, whatever it keeps.
         names: Of the blocks.
         kept: What they keep; None: not known, `reach` is a number of blocks.
-
         own_loss: The loss of a block weighs `own_loss` to the power of its distance to the end of its window.
 
     Attributes:
@@ -118,13 +117,6 @@ class Windows:
         self.placements = sorted({self._from(begin) for begin in begins}, reverse=True)
         if own_loss != 1 and self.longest == 1:
             warnings.warn(f"own_loss={own_loss} has no effect: no window of reach={reach} has two blocks", stacklevel=5)
-        never = sorted(set(range(self.blocks)).difference(*self.placements))
-        if own_loss == 0 and never:
-            warnings.warn(
-                f"own_loss={own_loss}: the heads of blocks {never} never learn, since no window ends there; "
-                "vote='last' leaves them out",
-                stacklevel=5,
-            )
 
     def borders(self, number: int, trained: Container[int]) -> set[int]:
         """The blocks behind which a pass of this number is cut; a block that is not trained is a window by itself."""
@@ -132,10 +124,28 @@ class Windows:
         held = (k for k in range(self.blocks) if k not in trained or k + 1 not in trained)
         return {*ends, *held}
 
+    def run(self, trained: Container[int]) -> list[list[int]]:
+        """The last block of each window of each placement, where only some blocks are trained."""
+        return [sorted(self.borders(number, trained)) for number in range(len(self.placements))]
+
+    def warn_of_heads(self, trained: frozenset[int]) -> None:
+        """Say which heads of trained blocks never learn."""
+        never = sorted(trained.difference(*self.run(trained)))
+        if self.own_loss == 0 and never:
+            warnings.warn(
+                f"own_loss={self.own_loss}: the heads of blocks {never} never learn, since no window ends there; "
+                "vote='last' leaves them out",
+                stacklevel=2,
+            )
+
     def weighted(self, losses: Sequence[Tensor]) -> list[Tensor]:
-        """The losses of the blocks of a window, in order, times their weights: that of the last one is 1."""
+        """The losses of the blocks of a window, in order, times their weights; those of weight 0 are left out.
+
+        The last loss weighs 1.
+        """
         weights = [self.own_loss**distance for distance in reversed(range(len(losses)))]
-        return [loss if weight == 1 else weight * loss for weight, loss in zip(weights, losses, strict=True)]
+        both = zip(weights, losses, strict=True)
+        return [loss if weight == 1 else weight * loss for weight, loss in both if weight]
 
     def shares(self, ends: Sequence[int]) -> list[float]:
         """What each window of a placement keeps, as a share of what backprop keeps."""
