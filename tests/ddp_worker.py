@@ -58,8 +58,9 @@ def make(name):
     arguments = {
         "optimization": "automatic" if name.endswith("automatic") else "manual",
         "memory_format": "channels_last" if name == "channels_last" else None,
-        "reach": {"reach": 2, "windows": 0.95}.get(name.split("_")[0], 1),
+        "reach": {"reach": 2, "windows": 0.95, "recompute": 2}.get(name.split("_")[0], 1),
         "own_loss": 0.3 if name.startswith("windows") else 1.0,
+        "recompute": name.startswith("recompute"),
         "accumulate": 2 if name == "accumulate" else 1,
         "clip_norm": 0.1 if name.startswith("clip") else None,
         "optimizer": {
@@ -145,6 +146,7 @@ def trainer(**settings):
 
 SCENARIOS = ["manual", "automatic", "accumulate", "clip", "clip_automatic", "unused", "unused_automatic"]
 SCENARIOS += ["channels_last", "norm", "reach", "reach_automatic", "windows", "windows_automatic", "twice"]
+SCENARIOS += ["recompute", "recompute_automatic"]
 SCENARIOS += METHODS
 
 

@@ -46,7 +46,7 @@ ALLOWED = {
     "SFF": {
         "backbone": [], "num_classes": [], "input_shape": [None], "stem": [], "weights": OPTIONAL, "granularity": [],
         "head": [], "norm": [], "vote": [], "label_smoothing": [0], "reach": [], "train_blocks": OPTIONAL,
-        "own_loss": [0],
+        "own_loss": [0], "recompute": SWITCH,
         "optimizer": OPTIONAL, "lr": [None, 1.5], "lr_decay": [], "lr_scheduler": [], "lr_interval": [],
         "optimization": [], "clip_norm": [None, 1.5], "clip_value": [None, 1.5], "accumulate": [],
         "compile": SWITCH, "memory_format": OPTIONAL,
@@ -57,7 +57,7 @@ ALLOWED = {
     },
     "LocalNet": {
         "model": [], "num_classes": [], "granularity": [], "head": [], "norm": [], "vote": [], "input_shape": [],
-        "loss": OPTIONAL, "reach": [], "own_loss": [0],
+        "loss": OPTIONAL, "reach": [], "own_loss": [0], "recompute": SWITCH,
     },
     "partition": {"model": [], "granularity": [], "example": OPTIONAL},
     "PooledHead": {

@@ -175,8 +175,9 @@ def test_gradients_are_kept_only_in_the_middle_of_an_accumulation(make_trainer, 
         {"reach": 2, "optimization": "automatic"},
         {"reach": 2},
         {"reach": 0.95, "own_loss": 0.3},
+        {"reach": 2, "recompute": True},
     ],
-    ids=["schedule per epoch", "plateau", "momentum and clipping", "reach, automatic", "reach", "windows"],
+    ids=["schedule per epoch", "plateau", "momentum and clipping", "reach, automatic", "reach", "windows", "recompute"],
 )  # fmt: skip
 def test_interrupted_with(arguments, make_trainer, tmp_path):
     whole = make(**arguments)

@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ff_lightning.benchmark.variants import Settings, Variant, build
 from ff_lightning.util.memory import Saved, saved_for_backward
+from ff_lightning.util.torch_private import TorchDispatchMode
 
 
 class Alive(TorchDispatchMode):

@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,6 +25,7 @@ from ff_lightning.local.net import LocalNet
 from ff_lightning.partition import Block, Granularity, State, partition
 from ff_lightning.partition.block import main_output
 from ff_lightning.util.memory import Saved, saved_for_backward
+from ff_lightning.util.torch_private import TorchDispatchMode
 
 aten = torch.ops.aten
 PRODUCTS: list[Any] = [

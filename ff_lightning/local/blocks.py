@@ -19,7 +19,9 @@ from ff_lightning.heads.factory import takes_mask, with_mask
 from ff_lightning.heads.place import Place
 from ff_lightning.local.chain import Norm, hand_on, held, run_block, state_of
 from ff_lightning.local.objectives import Loss, Objective, example_targets, make_objective
+from ff_lightning.local.recompute import Results
 from ff_lightning.local.updates import Update, deliver
+from ff_lightning.local.votes import VOTES
 from ff_lightning.local.windows import Counter, Kept, Storages, Windows
 from ff_lightning.losses import LogSumExpLoss, check_classes
 from ff_lightning.partition import Block, Granularity, Hooked, Inputs, partition
@@ -38,17 +40,20 @@ class LocalBlocks(nn.Module):
     hooked: Hooked | None
     inputs: Inputs
     norm: Norm
+    vote: str
     head_factory: HeadFactory
     loss_factory: Loss
     num_classes: int
     reach: float
     own_loss: float
+    recompute: bool
     windows: Windows
     passes: int
     trained: frozenset[int]
     voters: frozenset[int] | None
     _example: Sequence[Tensor]
     _take_mask: dict[str, list[bool]]
+    _keeps_products: dict[int, bool]
 
     def _add_objectives(self) -> None:
         """Make the objectives of the blocks that have none yet."""
@@ -158,7 +163,7 @@ class LocalBlocks(nn.Module):
         """Place the windows for the blocks that are there."""
         names = [cast(str, block.name) for block in self.blocks]
         local = is_whole(self.reach) and self.reach == 1
-        self.windows = Windows(self.reach, names, None if local else self.kept(), self.own_loss)
+        self.windows = Windows(self.reach, names, None if local else self.kept(), self.own_loss, self.recompute)
 
     def kept(self) -> Kept:
         """What autograd keeps for one example in the blocks: as much as a batch of three keeps more than one of two."""
@@ -172,11 +177,14 @@ class LocalBlocks(nn.Module):
             for buffer, before in buffers:
                 buffer.copy_(before)
         inputs, backprop, *parts = map(_per_example, two, three)
-        redone = [max(part.values(), default=0) for part in parts[1::4]]  # one chain after the other
-        return Kept(parts[::4], redone, parts[2::4], parts[3::4], inputs, sum(backprop.values()))
+        of_block, redone, of_objective, of_norm, *again = (parts[i::7] for i in range(7))
+        most = [max(part.values(), default=0) for part in redone]  # one chain after the other
+        return Kept(
+            of_block, most, of_objective, of_norm, inputs, sum(backprop.values()), *(again if self.recompute else ())
+        )
 
     def _storages(self, values: Sequence[Tensor]) -> list[Storages]:
-        """What is kept: of the batch, of all without norms and heads; of each block, redone, its objective and norm."""
+        """What is kept: of the batch, of all without norms and heads; seven parts for each block, see `Kept`."""
         counter = Counter(self.parameters())
         found: list[Storages] = []
         graphs: list[Any] = []
@@ -184,13 +192,17 @@ class LocalBlocks(nn.Module):
             state = state_of(values)
             for k, block in enumerate(cast(Iterable[Block], self.blocks)):
                 mask = self.inputs.valid(values) if self._is_masked(k) else None
-                with redone_bytes() as redone:
+                entered = _storages_of(state)
+                with redone_bytes() as redone, Results() as results:
                     out = block(state)
+                self._keeps_products[k] = not results.changed  # it would be another one
                 found += [counter.take(), dict(enumerate(redone))]
                 outside, features = hand_on(block, main_output(out), self.norm, False, True, mask)
                 of_norm = counter.take()
                 graphs.append(self._answer_to_example(k, features, mask, counter))
-                found += [counter.take(), of_norm]
+                products = _storages_of(tuple(results.found)) if self._keeps_products[k] else {}
+                found += [counter.take(), of_norm, entered, _storages_of(out), products]
+                graphs += [out, results.found]
                 state = (outside, *out[1:]) if isinstance(out, tuple) else outside
             graphs.append(state)
             state = state_of(values)
@@ -198,7 +210,7 @@ class LocalBlocks(nn.Module):
                 for block in cast(Iterable[Block], self.blocks):
                     state = block(state)
         batch = {value.untyped_storage().data_ptr() for value in values}
-        kept = {address: size for part in found[::4] for address, size in part.items() if address in batch}
+        kept = {address: size for part in found[::7] for address, size in part.items() if address in batch}
         return [kept, counter.take(), *found]
 
     def _answer_to_example(self, k: int, features: Tensor, mask: Tensor | None, counter: Counter) -> Any:
@@ -234,6 +246,13 @@ class LocalBlocks(nn.Module):
         criterion = getattr(self.objectives[0], "criterion", None)
         if isinstance(criterion, LogSumExpLoss) and not y.is_floating_point():
             check_classes(y, self.num_classes, criterion.ignore_index)
+
+    def decide(self, goodness: Tensor) -> Tensor:
+        """The vote of the blocks, or of the first of them: goodness (L, B, K) -> scores (B, K)."""
+        if self.voters is None:
+            return VOTES[self.vote](goodness, range(len(goodness)))
+        voters = [k for k in sorted(self.voters) if k < len(goodness)]
+        return VOTES[self.vote](goodness[voters], voters) if voters else torch.zeros_like(goodness[0])
 
     def compile_blocks(self) -> None:
         """Compile each block and each head by itself, when it first runs."""
@@ -281,6 +300,14 @@ class LocalBlocks(nn.Module):
 def by_hooks(model: nn.Module) -> str:
     """The network, in a message, and why it cannot do what other networks can."""
     return f"{type(model).__name__}, whose blocks run only as parts of its own forward"
+
+
+def _storages_of(values: Any) -> Storages:
+    """Those of a tensor, or of the tensors in a tuple."""
+    storages = [
+        v.untyped_storage() for v in (values if isinstance(values, tuple) else (values,)) if isinstance(v, Tensor)
+    ]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def _per_example(two: Storages, three: Storages) -> Storages:

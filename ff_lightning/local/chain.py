@@ -6,12 +6,14 @@ Shapes: B batch, C channels, H x W or T positions.
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ff_lightning.local.recompute import run_again
 from ff_lightning.partition import Block, Hooked, Inputs, State
 from ff_lightning.partition.block import main_output
 from ff_lightning.partition.trace import evaluating
@@ -51,7 +53,14 @@ def normalise(h: Tensor, norm: Norm, channel_dim: int, mask: Tensor | None = Non
 
 
 def run_block(
-    number: int, block: Block, state: State, norm: Norm, detach: bool, for_head: bool, mask: Tensor | None = None
+    number: int,
+    block: Block,
+    state: State,
+    norm: Norm,
+    detach: bool,
+    for_head: bool,
+    mask: Tensor | None = None,
+    call: Callable[[State], State] | None = None,
 ) -> tuple[State, Tensor]:
     """Run a block.
 
@@ -63,6 +72,7 @@ def run_block(
         detach: Whether the border behind the block is closed for gradients.
         for_head: Whether the output is asked for as the head sees it: as it is.
         mask: Of the positions (B, T) of its output, bool, false at what is only padding.
+        call: Runs the block; None: as it is.
 
     Returns:
         What the next block sees, and the output with its graph, as a map (B, C, H, W); normalised unless for a head.
@@ -71,7 +81,7 @@ def run_block(
         ValueError: If the block does, with its name.
     """
     try:
-        out = block(state)
+        out = (call or block)(state)
     except (ValueError, IndexError) as error:  # an id that an embedding does not have
         raise ValueError(f"block {number} ({block.name}), batch of {len(main_output(state))}: {error}") from error
     rest = out[1:] if isinstance(out, tuple) else ()
@@ -92,6 +102,12 @@ def hand_on(
         features = normalise(output, norm, block.channel_dim, mask)
         outside = features.detach() if detach else features
     return outside, block.to_map(features)
+
+
+def _normed(norm: Norm, channel_dim: int, mask: Tensor | None, state: State) -> State:
+    """What a block handed on as it was, with its main output normalised."""
+    main = normalise(main_output(state), norm, channel_dim, mask)
+    return (main, *state[1:]) if isinstance(state, tuple) else main
 
 
 def _detach(value: Any) -> Any:
@@ -115,6 +131,8 @@ class Chain:
     """Whether features are as they are; else they are normalised."""
     mode: Callable[[int], AbstractContextManager[None]] = lambda k: nullcontext()
     """The mode of each block."""
+    recompute: Sequence[bool] = ()
+    """In windows of several blocks each runs again in backward, with the norm before it: whether it keeps products."""
 
     def run(
         self, values: Sequence[Tensor], of_block: OfBlock, borders: Container[int]
@@ -137,9 +155,14 @@ class Chain:
             yield from self._results_of_hooks(self.hooked, values, of_block, borders, masks)
             return
         state = state_of(values)
+        enter: Callable[[State], State] | None = None
         for k, block in enumerate(self.blocks):
+            is_open = bool(self.recompute) and k not in borders
+            call = partial(run_again, block, self.recompute[k], enter) if is_open or enter else block
+            norm = "none" if is_open else self.norm  # it then belongs to the next block
             with self.mode(k):
-                state, features = run_block(k, block, state, self.norm, k in borders, self.for_head, masks[k])
+                state, features = run_block(k, block, state, norm, k in borders, self.for_head, masks[k], call)
+                enter = partial(_normed, self.norm, block.channel_dim, masks[k]) if is_open else None
                 result = of_block(k, features, masks[k])
             del features  # neither the output of this block nor its loss is to be alive while the next one runs
             stay = yield result

@@ -26,6 +26,7 @@ from ff_lightning.util.arguments import (
     check_network,
     check_number,
     check_shape,
+    check_switch,
     check_whole,
     is_whole,
     shown,
@@ -79,6 +80,8 @@ class LocalNet(LocalBlocks):
         own_loss: The weights of the losses of a window: with 0.3 the loss of the last block weighs 1, that of the block
             below 0.3, the next 0.09; with 0 only the last loss counts, and the other heads do not learn. The weights
             apply to gradients, not to the losses that are returned and reported.
+        recompute: Within a window of several blocks keep the results of large convolutions, matrix products and
+            attention alone, and compute the rest again in backward: longer windows in the memory that `reach` allows.
 
     Attributes:
         inputs: What the network is called with, an `Inputs`.
@@ -118,6 +121,7 @@ class LocalNet(LocalBlocks):
         vocabulary: int | None = None,
         example: Example | None = None,
         own_loss: float = 1.0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         check_network("model", model)
@@ -127,6 +131,7 @@ class LocalNet(LocalBlocks):
         check_head(head)
         check_loss(loss)
         check_number("own_loss", own_loss, least=0, most=1)
+        check_switch("recompute", recompute)
         longest = None
         if example is None:
             check_shape("input_shape", input_shape, model if vocabulary is None else "text")
@@ -143,6 +148,8 @@ class LocalNet(LocalBlocks):
         self.vote = vote
         self.reach = reach
         self.own_loss = float(own_loss)
+        self.recompute = recompute
+        self._keeps_products = {}
         self.passes = 0
         self.input_shape = self.inputs.shape
         self._example = self.inputs.values(example)
@@ -216,7 +223,8 @@ class LocalNet(LocalBlocks):
         See `Chain`; what leaves a block of `borders` (None: all) is detached.
         """
         blocks = cast(Sequence[Block], self.blocks[:count])
-        chain = Chain(blocks, self.hooked, self.inputs, self.norm, for_head, self._mode_of)
+        again = [self._keeps_products[k] for k in range(len(blocks))] if self.recompute and self._keeps_products else ()
+        chain = Chain(blocks, self.hooked, self.inputs, self.norm, for_head, self._mode_of, again)
         return chain.run(self.inputs.values(x), of_block, borders or range(len(blocks)))
 
     def _losses(
@@ -253,14 +261,12 @@ class LocalNet(LocalBlocks):
         """The updates of one block after the other; the next block runs when the next update is asked for.
 
         Call backward on each loss (and step its units) before you ask for the next: then only one graph is ever alive.
-        Blocks that are not trained have no update. With `reach` above 1 an update covers all blocks between two
-        borders.
+        Blocks that are not trained have no update. With `reach` above 1 an update covers all blocks of a window.
 
         Args:
             x: Images, (B, C, H, W).
             y: Targets, such as classes (B,), int64.
-            see: Called for each block whose objective computes goodness, with the block's number and its goodness (B,
-                K), detached.
+            see: Called for each block whose objective computes goodness, with its number and goodness (B, K), detached.
             scaler: The gradient scaler of a run in float16, for a network whose gradients are computed in its pass.
 
         Raises:
@@ -342,10 +348,3 @@ class LocalNet(LocalBlocks):
     def forward(self, x: Example) -> Tensor:
         """Scores of the classes after the vote of the blocks: (B, C, H, W) -> (B, K); the highest one wins."""
         return self.decide(self.goodness(x))
-
-    def decide(self, goodness: Tensor) -> Tensor:
-        """The vote of the blocks, or of the first of them: goodness (L, B, K) -> scores (B, K)."""
-        if self.voters is None:
-            return VOTES[self.vote](goodness, range(len(goodness)))
-        voters = [k for k in sorted(self.voters) if k < len(goodness)]
-        return VOTES[self.vote](goodness[voters], voters) if voters else torch.zeros_like(goodness[0])

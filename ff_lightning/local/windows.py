@@ -35,9 +35,17 @@ class Kept:
     """Those of them that are the batch itself: it is there as long as any window."""
     backprop: int
     """Bytes that the blocks keep all at once, without norms and objectives."""
+    entered: Sequence[Storages] = ()
+    """What enters each block, where blocks of a window run again; empty: they do not."""
+    handed: Sequence[Storages] = ()
+    """What each block hands on, before its norm."""
+    products: Sequence[Storages] = ()
+    """The results in each block that are not computed again."""
 
     def share(self, first: int, last: int) -> float:
         """What the blocks from `first` to `last` keep at once, as a share of what backprop keeps."""
+        if self.entered and first < last:
+            return self._share_run_again(first, last)
         kept, most = dict(self.inputs), 0
         for k in range(first, last + 1):
             kept |= self.blocks[k]  # a storage counts once, however many blocks keep it
@@ -45,6 +53,15 @@ class Kept:
                 most = max(most, sum(kept.values()) + self.redone[k])
             kept |= self.objectives[k] | (self.norms[k] if k < last else {})
         return max(most, sum(kept.values())) / self.backprop if self.backprop else 0.0
+
+    def _share_run_again(self, first: int, last: int) -> float:
+        """The same where each block runs again in backward, when those above it are gone."""
+        kept, most = self.inputs | self.entered[first], 0
+        for k in range(first, last + 1):
+            kept = kept | self.products[k] | self.objectives[k] | (self.handed[k] if k < last else {})
+            again = kept | self.blocks[k] | (self.norms[k - 1] if k > first else {})
+            most = max(most, sum(again.values()) + self.redone[k])
+        return most / self.backprop if self.backprop else 0.0
 
 
 class Counter:
@@ -87,6 +104,7 @@ class Windows:
         names: Of the blocks.
         kept: What they keep; None: not known, `reach` is a number of blocks.
         own_loss: The loss of a block weighs `own_loss` to the power of its distance to the end of its window.
+        recompute: Whether the blocks of a window run again in backward.
 
     Attributes:
         placements: For each pass in turn, the last block of each window, in order.
@@ -95,7 +113,9 @@ class Windows:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, reach: float, names: Sequence[str], kept: Kept | None, own_loss: float) -> None:
+    def __init__(
+        self, reach: float, names: Sequence[str], kept: Kept | None, own_loss: float, recompute: bool = False
+    ) -> None:
         self.reach = reach
         self.kept = kept
         self.own_loss = own_loss
@@ -115,8 +135,11 @@ class Windows:
         # windows of a number of blocks are the same wherever one of them begins so many blocks further up
         begins = range(1 if one else min(int(reach), self.blocks) if is_whole(reach) else self.blocks)
         self.placements = sorted({self._from(begin) for begin in begins}, reverse=True)
-        if own_loss != 1 and self.longest == 1:
-            warnings.warn(f"own_loss={own_loss} has no effect: no window of reach={reach} has two blocks", stacklevel=5)
+        idle = [f"own_loss={own_loss}"] * (own_loss != 1) + ["recompute=True"] * recompute
+        if idle and self.longest == 1:
+            warnings.warn(
+                f"{' and '.join(idle)} has no effect: no window of reach={reach} has two blocks", stacklevel=5
+            )
 
     def borders(self, number: int, trained: Container[int]) -> set[int]:
         """The blocks behind which a pass of this number is cut; a block that is not trained is a window by itself."""

@@ -44,6 +44,8 @@ class SFF(LocalLearner):
             memory that they may keep, up to 1.0, which is backprop with deep supervision. See `ff_lightning.LocalNet`.
         own_loss: With `reach`, the loss of a block weighs `own_loss` to the power of its distance to the end of its
             window; 0 to 1.
+        recompute: Whether windows of several blocks keep the results of large products alone, and compute the rest
+            again in backward; see `ff_lightning.LocalNet`.
         train_blocks: Numbers or names of the blocks to train. The others keep weights and running statistics, and vote
             only if a checkpoint brings trained heads for them.
         kwargs: How it is trained: task, optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
@@ -67,6 +69,7 @@ class SFF(LocalLearner):
         reach: int | float = 1,
         train_blocks: list[int | str] | None = None,
         own_loss: float = 1.0,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
@@ -86,6 +89,7 @@ class SFF(LocalLearner):
             reach,
             self.vocabulary,
             own_loss=own_loss,
+            recompute=recompute,
         )
         self.set_units(self.net.units())
         self.train_blocks = train_blocks

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 
 @contextmanager
@@ -26,6 +27,11 @@ def original_of_compiled(module: nn.Module) -> nn.Module | None:
     """The module that `torch.compile` was given for this one, which has no public class; None: it was not."""
     original = module._modules.get("_orig_mod")
     return original if isinstance(original, nn.Module) else None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `Module.compile` was called for it."""
+    return module._compiled_call_impl is not None
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

@@ -1,0 +1,107 @@
+"""Blocks of a window that keep little for backward: the results of large products. The rest is computed once more.
+
+Norms, activations and sums take little time and keep most. So backward runs a block again from its input, with the
+results of convolutions, matrix products and attention as they were. The gradients are the same.
+
+Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174; the selection is torch's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ff_lightning.util.torch_private import TorchDispatchMode, is_compiled
+
+aten: Any = torch.ops.aten
+ATTENTION = (
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
+PRODUCTS = {aten.convolution.default: 1, aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1}
+"""For each product, which argument tells how many multiply-adds make one number of its result."""
+_MANY = 256
+"""So many are worth keeping the number; a stem on three channels and depthwise layers take fewer."""
+
+
+def is_kept(operation: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the result of an operation is kept."""
+    if operation in PRODUCTS:
+        factor = args[PRODUCTS[operation]]
+        return bool((factor[0].numel() if operation is aten.convolution.default else factor.shape[-1]) >= _MANY)
+    return operation in ATTENTION
+
+
+def run_again(block: nn.Module, keeps: bool, enter: Callable[[Any], Any] | None, state: Any) -> Any:
+    """Run a block, and once more in backward.
+
+    Args:
+        block: The block.
+        keeps: Whether the results of its products are kept.
+        enter: What is done to its input before; None: nothing.
+        state: What enters.
+    """
+
+    def region(state: Any) -> Any:
+        return block(state if enter is None else enter(state))
+
+    return checkpoint(region, state, use_reentrant=False, context_fn=partial(_contexts, block, keeps))
+
+
+def _contexts(block: nn.Module, keeps: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Around the first run and around the second one."""
+    first: AbstractContextManager[Any] = nullcontext()
+    second: AbstractContextManager[Any] = nullcontext()
+    if keeps and not is_compiled(block):  # what is compiled is computed again as a whole
+        first, second = create_selective_checkpoint_contexts(_policy)
+    return first, _buffers_stay(block, second)
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if is_kept(operation, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _buffers_stay(block: nn.Module, inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """Running statistics move in the first run alone."""
+    before = []
+    for module in block.modules():
+        unnoticed = module.training and getattr(module, "track_running_stats", False)  # its kernel counts no version
+        before += [(b, b.clone(), None if unnoticed else b._version) for b in module.buffers(recurse=False)]
+    try:
+        with inner:
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value, version in before:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+class Results(TorchDispatchMode):
+    """Records the results that are kept, and whether one of them is changed in place afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+        self.changed = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation."""
+        result = func(*args, **(kwargs or {}))
+        values = result if isinstance(result, tuple | list) else [result]
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if func.overloadpacket.__name__.endswith("_"):
+            known = {kept.untyped_storage().data_ptr() for kept in self.found}
+            self.changed |= any(tensor.untyped_storage().data_ptr() in known for tensor in tensors)
+        elif is_kept(func, args):
+            self.found += [tensor.detach() for tensor in tensors]
+        return result
