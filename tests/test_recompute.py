@@ -1,6 +1,7 @@
 """Blocks of a window that run again in backward: the same gradients and statistics, less that is kept."""
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -45,7 +46,59 @@ def transformer():
     return nn.Sequential(nn.Embedding(50, 32), *(nn.TransformerEncoderLayer(**layer) for _ in range(3)))
 
 
+class Own(nn.Module):
+    """Keeps the mean of what it sees, in one of the ways in which buffers are changed."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        for name in ("mean", "variance"):
+            self.register_buffer(name, torch.zeros(32))
+        self.register_buffer("scale", torch.full((1,), 2.0))
+
+    def forward(self, x):
+        mean = x.detach().mean((0, 2, 3))
+        if self.way == "assigned":
+            self.mean = 0.9 * self.mean + mean
+        elif self.way == "data":
+            self.mean.data.mul_(0.9).add_(mean)
+        elif self.way == "in place":
+            self.mean.mul_(0.9).add_(mean)
+        else:
+            x = nn.functional.batch_norm(x, self.mean, self.variance, training=self.training)
+        return x * self.scale
+
+
+def own():
+    ways = ("assigned", "data", "in place", "kernel")
+    return nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(1 if k == 0 else 32, 32, 3, padding=1), Own(way)) for k, way in enumerate(ways))
+    )
+
+
+class Scaled(nn.Module):
+    """Changes a product in place by an operation that returns nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(256, 256)
+
+    def forward(self, x):
+        h = self.layer(x)
+        torch._foreach_mul_([h], 2.0)
+        return h.tanh()
+
+
+def dropped_in_place():
+    return nn.Sequential(
+        *(nn.Sequential(nn.Linear(256, 256), nn.Dropout(0.5, inplace=True), nn.ReLU()) for _ in range(3))
+    )
+
+
 CASES = {
+    "own statistics": (own, {"input_shape": (1, 8, 8), "granularity": "layer"}),
+    "foreach": (lambda: nn.Sequential(*(Scaled() for _ in range(3))), {"input_shape": (256,), "granularity": "layer"}),
+    "dropout in place": (dropped_in_place, {"input_shape": (256,), "granularity": "layer"}),
     "thin": (small_net, {"input_shape": (1, 8, 8)}),
     "wide": (wide, {"input_shape": (1, 8, 8)}),
     "layers": (wide, {"input_shape": (1, 8, 8), "granularity": "layer"}),
@@ -113,6 +166,52 @@ def test_in_mixed_precision(name):
     x, y = batch(one)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(learn(one, x, y), learn(two, x, y))
+    assert_equal(one, two)
+
+
+def test_forward_twice_before_backward():
+    """The second time, autocast has the weights in its cache."""
+    one, two = both("wide", reach=1.0)
+    x, y = batch(one)
+    for net in (one, two):
+        with torch.autocast("cpu", torch.bfloat16):
+            net.goodness(x)
+            updates = [*net.updates(x, y), *net.updates(x, y)]
+        for update in updates:
+            update.loss.backward()
+    assert_equal(one, two)
+
+
+def test_backward_twice_where_nothing_is_kept():
+    one, two = both("thin", reach=1.0)
+    x, y = batch(one)
+    for net in (one, two):
+        (update,) = net.updates(x, y)
+        update.loss.backward(retain_graph=True)
+        update.loss.backward()
+    assert_equal(one, two)
+    (update,) = both("wide", reach=1.0)[0].updates(x, y)
+    update.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward an extra time"):
+        update.loss.backward()
+
+
+def test_hooks_on_saved_tensors_see_them():
+    one, _ = both("wide", reach=1.0)
+    with torch.autograd.graph.save_on_cpu(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn(one, *batch(one))
+
+
+def test_a_head_with_a_dropout_in_place_changes_no_other_block():
+    def head(channels, classes):
+        pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+        return nn.Sequential(nn.Dropout(0.5, inplace=True), *pooled)
+
+    one, two = both("wide", reach=1.0, head=head)
+    x, y = batch(one)
+    for net in (one, two):
+        learn(net, x, y)
     assert_equal(one, two)
 
 

@@ -98,7 +98,8 @@ def _check_goodness(name: str, head: nn.Module, map_shape: Sequence[int], num_cl
     try:
         with evaluating(head):
             goodness = with_mask(head, takes_mask(head.forward), features, mask)
-            if features._version:  # what the next block sees is not to change with it
+            dropout = any(isinstance(part, _DROPOUT) and part.inplace for part in head.modules())  # in training alone
+            if features._version or dropout:  # what the next block sees is not to change with it
                 head.register_forward_pre_hook(_on_a_copy)
     except Exception as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
@@ -112,6 +113,9 @@ def _check_goodness(name: str, head: nn.Module, map_shape: Sequence[int], num_cl
             f"{name} makes {shape} of features {tuple(features.shape)}: it must make goodness of shape "
             f"{(2, num_classes)}, for each image and each class a floating-point number"
         )
+
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def _on_a_copy(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

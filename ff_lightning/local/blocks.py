@@ -19,7 +19,7 @@ from ff_lightning.heads.factory import takes_mask, with_mask
 from ff_lightning.heads.place import Place
 from ff_lightning.local.chain import Norm, hand_on, held, run_block, state_of
 from ff_lightning.local.objectives import Loss, Objective, example_targets, make_objective
-from ff_lightning.local.recompute import Results
+from ff_lightning.local.recompute import BuffersStay, Results
 from ff_lightning.local.updates import Update, deliver
 from ff_lightning.local.votes import VOTES
 from ff_lightning.local.windows import Counter, Kept, Storages, Windows
@@ -195,7 +195,7 @@ class LocalBlocks(nn.Module):
                 entered = _storages_of(state)
                 with redone_bytes() as redone, Results() as results:
                     out = block(state)
-                self._keeps_products[k] = not results.changed  # it would be another one
+                self._keeps_products[k] = not (results.changed or self._changes_products(block, state))
                 found += [counter.take(), dict(enumerate(redone))]
                 outside, features = hand_on(block, main_output(out), self.norm, False, True, mask)
                 of_norm = counter.take()
@@ -212,6 +212,16 @@ class LocalBlocks(nn.Module):
         batch = {value.untyped_storage().data_ptr() for value in values}
         kept = {address: size for part in found[::7] for address, size in part.items() if address in batch}
         return [kept, counter.take(), *found]
+
+    def _changes_products(self, block: Block, state: Any) -> bool:
+        """Whether a block in training changes the result of a product in place, as a dropout may do."""
+        if not self.recompute:
+            return False
+        block.train()
+        with torch.no_grad(), BuffersStay(block), Results() as results, suppress(ValueError):
+            block(state)  # a batch norm of one value per channel refuses
+        block.eval()
+        return results.changed
 
     def _answer_to_example(self, k: int, features: Tensor, mask: Tensor | None, counter: Counter) -> Any:
         """The loss of a block on an example, with its graph; its scores where no target that we know suits the loss."""

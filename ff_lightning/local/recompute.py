@@ -6,16 +6,17 @@ results of convolutions, matrix products and attention as they were. The gradien
 Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174; the selection is torch's.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ff_lightning.util.torch_private import TorchDispatchMode, is_compiled
+from ff_lightning.util.torch_private import TorchDispatchMode, changed_arguments, is_compiled
 
 aten: Any = torch.ops.aten
 ATTENTION = (
@@ -28,6 +29,9 @@ PRODUCTS = {aten.convolution.default: 1, aten.mm.default: 0, aten.bmm.default: 0
 """For each product, which argument tells how many multiply-adds make one number of its result."""
 _MANY = 256
 """So many are worth keeping the number; a stem on three channels and depthwise layers take fewer."""
+_HOOKS = "respect_saved_tensors_hooks"
+_OPTIONS: dict[str, Any] = {_HOOKS: True} if _HOOKS in signature(checkpoint).parameters else {}
+"""The user's hooks see the results that are kept, too, where torch can do that."""
 
 
 def is_kept(operation: Any, args: tuple[Any, ...]) -> bool:
@@ -49,9 +53,14 @@ def run_again(block: nn.Module, keeps: bool, enter: Callable[[Any], Any] | None,
     """
 
     def region(state: Any) -> Any:
-        return block(state if enter is None else enter(state))
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # weights that are cast already would leave out an operation
+        try:
+            return block(state if enter is None else enter(state))
+        finally:
+            torch.set_autocast_cache_enabled(cached)
 
-    return checkpoint(region, state, use_reentrant=False, context_fn=partial(_contexts, block, keeps))
+    return checkpoint(region, state, use_reentrant=False, context_fn=partial(_contexts, block, keeps), **_OPTIONS)
 
 
 def _contexts(block: nn.Module, keeps: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -60,28 +69,41 @@ def _contexts(block: nn.Module, keeps: bool) -> tuple[AbstractContextManager[Any
     second: AbstractContextManager[Any] = nullcontext()
     if keeps and not is_compiled(block):  # what is compiled is computed again as a whole
         first, second = create_selective_checkpoint_contexts(_policy)
-    return first, _buffers_stay(block, second)
+    return first, BuffersStay(block, second)
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if is_kept(operation, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-@contextmanager
-def _buffers_stay(block: nn.Module, inner: AbstractContextManager[Any]) -> Iterator[None]:
-    """Running statistics move in the first run alone."""
-    before = []
-    for module in block.modules():
-        unnoticed = module.training and getattr(module, "track_running_stats", False)  # its kernel counts no version
-        before += [(b, b.clone(), None if unnoticed else b._version) for b in module.buffers(recurse=False)]
-    try:
-        with inner:
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value, version in before:
-                if buffer._version != version:
-                    buffer.copy_(value)
+class BuffersStay(AbstractContextManager[None]):
+    """Running statistics and the like are afterwards what they were before.
+
+    Args:
+        module: Whose buffers they are.
+        inner: A context to be in as well.
+    """
+
+    def __init__(self, module: nn.Module, inner: AbstractContextManager[Any] | None = None) -> None:
+        self.module = module
+        self.inner = inner or nullcontext()
+        self._before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+
+    def __enter__(self) -> None:
+        for module in self.module.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if module.training and buffer.dtype != torch.bool:  # a mask, which nobody counts with
+                    self._before.append((module, name, buffer, buffer.clone()))
+        self.inner.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        try:
+            return self.inner.__exit__(*error)
+        finally:
+            for module, name, buffer, value in self._before:
+                setattr(module, name, buffer)
+                buffer.data.copy_(value)  # counts as no change: a graph may hold the buffer
+            self._before.clear()
 
 
 class Results(TorchDispatchMode):
@@ -97,11 +119,11 @@ class Results(TorchDispatchMode):
     ) -> Any:
         """Run an operation."""
         result = func(*args, **(kwargs or {}))
-        values = result if isinstance(result, tuple | list) else [result]
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        if func.overloadpacket.__name__.endswith("_"):
-            known = {kept.untyped_storage().data_ptr() for kept in self.found}
-            self.changed |= any(tensor.untyped_storage().data_ptr() in known for tensor in tensors)
-        elif is_kept(func, args):
-            self.found += [tensor.detach() for tensor in tensors]
+        known = {kept.untyped_storage().data_ptr() for kept in self.found}
+        self.changed |= any(
+            t.untyped_storage().data_ptr() in known for t in changed_arguments(func, args, kwargs or {})
+        )
+        if is_kept(func, args):
+            values = result if isinstance(result, tuple | list) else [result]
+            self.found += [value.detach() for value in values if isinstance(value, Tensor)]
         return result

@@ -1,6 +1,6 @@
 """Private names of torch that the package cannot do without; a test fails when one changes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -32,6 +32,16 @@ def original_of_compiled(module: nn.Module) -> nn.Module | None:
 def is_compiled(module: nn.Module) -> bool:
     """Whether `Module.compile` was called for it."""
     return module._compiled_call_impl is not None
+
+
+def changed_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operation of torch changes in place."""
+    if not func._schema.is_mutable:
+        return
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            yield from (part for part in (value if isinstance(value, list | tuple) else [value]) if part is not None)
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
