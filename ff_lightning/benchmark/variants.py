@@ -22,20 +22,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.local.net import LocalNet
+from ff_lightning.local.recompute import ATTENTION, PRODUCTS
 from ff_lightning.partition import Block, Granularity, State, partition
 from ff_lightning.partition.block import main_output
 from ff_lightning.util.memory import Saved, saved_for_backward
 from ff_lightning.util.torch_private import TorchDispatchMode
-
-aten = torch.ops.aten
-PRODUCTS: list[Any] = [
-    *(aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default),
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-]
-"""What takes most of the time: selective checkpointing keeps its results."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +281,7 @@ def build(settings: Settings, name: str) -> Variant:
     builders: dict[str, Callable[[], Variant]] = {
         "backprop": lambda: backprop(settings),
         "checkpointing": lambda: checkpointed(settings),
-        "selective": lambda: checkpointed(settings, PRODUCTS),
+        "selective": lambda: checkpointed(settings, [*PRODUCTS, *ATTENTION]),
         "accumulation": lambda: backprop(settings, settings.micro_batches),
         "sff": lambda: local(settings, cut, float(more["reach"]) if "reach" in more else 1),
         "model": lambda: predict(settings, None),

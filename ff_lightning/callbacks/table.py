@@ -10,7 +10,6 @@ from rich.table import Table
 from torch import nn
 
 from ff_lightning.local.net import LocalNet
-from ff_lightning.local.windows import spans
 
 
 class BlockTable(Callback):
@@ -108,8 +107,7 @@ def kept_per_image(net: LocalNet) -> tuple[int, int]:
     if net.hooked is not None:
         return 0, 0
     kept = net.windows.kept or net.kept()
-    run = (span for ends in net.windows.run(net.trained) for span in spans(ends) if span[1] in net.trained)
-    most = max(kept.share(first, last) for first, last in run)
+    most = max(kept.share(*span) for of_pass in net.windows.run(net.trained) for span in of_pass)
     return round(most * kept.backprop), kept.backprop
 
 
@@ -137,9 +135,8 @@ def _windows(net: LocalNet) -> Table:
     table = Table(title=f"windows of reach={windows.reach}")
     for column in ("batch", "blocks: share of what backprop keeps", "most"):
         table.add_column(column, justify="left" if column.startswith("blocks") else "right")
-    for number, ends in enumerate(windows.run(net.trained)):
-        both = zip(spans(ends), windows.shares(ends), strict=True)
-        shares = {span: share for span, share in both if span[1] in net.trained}
+    for number, of_pass in enumerate(windows.run(net.trained)):
+        shares = {span: cast(Any, windows.kept).share(*span) for span in of_pass}
         texts = [f"{a}: {share:.2f}" if a == b else f"{a}-{b}: {share:.2f}" for (a, b), share in shares.items()]
         table.add_row(str(number), "  ".join(texts), f"{max(shares.values()):.2f}")
     return table

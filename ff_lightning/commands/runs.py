@@ -81,7 +81,7 @@ def read_run(folder: Path) -> Run:
         record = dict(json.loads((folder / RECORD).read_text()))
         of_run = {name: value for name, value in record.items() if name in Run._fields}  # later versions may write more
         return Run(folder.parent.name, method, int(seed), **of_run)
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError) as error:
         sys.exit(f"{folder / RECORD} cannot be read: {error}; remove the folder, and the run is made again")
 
 

@@ -169,13 +169,10 @@ class LocalBlocks(nn.Module):
         """What autograd keeps for one example in the blocks: as much as a batch of three keeps more than one of two."""
         like = next(self.parameters(), torch.zeros(0))
         devices = [like.device] if like.is_cuda else []
-        buffers = [(buffer, buffer.clone()) for buffer in self.objectives.buffers()]  # a loss may change its own
-        with evaluating(self), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        untouched = BuffersStay(self.objectives.modules(), torch.random.fork_rng(devices))  # a loss may change its own
+        with evaluating(self), untouched, torch.compiler.set_stance("force_eager"), torch.enable_grad():
             values = [value[:1] for value in self._example_here()]
-            with torch.enable_grad():
-                two, three = (self._storages([torch.cat([value] * count) for value in values]) for count in (2, 3))
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            two, three = (self._storages([torch.cat([value] * count) for value in values]) for count in (2, 3))
         inputs, backprop, *parts = map(_per_example, two, three)
         of_block, redone, of_objective, of_norm, *again = (parts[i::7] for i in range(7))
         most = [max(part.values(), default=0) for part in redone]  # one chain after the other
@@ -193,9 +190,11 @@ class LocalBlocks(nn.Module):
             for k, block in enumerate(cast(Iterable[Block], self.blocks)):
                 mask = self.inputs.valid(values) if self._is_masked(k) else None
                 entered = _storages_of(state)
-                with redone_bytes() as redone, Results() as results:
+                results = Results()
+                with redone_bytes() as redone, results if self.recompute else nullcontext():
                     out = block(state)
-                self._keeps_products[k] = not (results.changed or self._changes_products(block, state))
+                if k not in self._keeps_products:
+                    self._keeps_products[k] = not (results.changed or self._changes_products(block, state))
                 found += [counter.take(), dict(enumerate(redone))]
                 outside, features = hand_on(block, main_output(out), self.norm, False, True, mask)
                 of_norm = counter.take()
@@ -218,7 +217,7 @@ class LocalBlocks(nn.Module):
         if not self.recompute:
             return False
         block.train()
-        with torch.no_grad(), BuffersStay(block), Results() as results, suppress(ValueError):
+        with torch.no_grad(), BuffersStay(block.modules()), Results() as results, suppress(ValueError):
             block(state)  # a batch norm of one value per channel refuses
         block.eval()
         return results.changed

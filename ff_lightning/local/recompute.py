@@ -6,7 +6,7 @@ results of convolutions, matrix products and attention as they were. The gradien
 Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174; the selection is torch's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from inspect import signature
@@ -69,7 +69,7 @@ def _contexts(block: nn.Module, keeps: bool) -> tuple[AbstractContextManager[Any
     second: AbstractContextManager[Any] = nullcontext()
     if keeps and not is_compiled(block):  # what is compiled is computed again as a whole
         first, second = create_selective_checkpoint_contexts(_policy)
-    return first, BuffersStay(block, second)
+    return first, BuffersStay((module for module in block.modules() if module.training), second)
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -80,20 +80,19 @@ class BuffersStay(AbstractContextManager[None]):
     """Running statistics and the like are afterwards what they were before.
 
     Args:
-        module: Whose buffers they are.
+        modules: Whose own buffers they are.
         inner: A context to be in as well.
     """
 
-    def __init__(self, module: nn.Module, inner: AbstractContextManager[Any] | None = None) -> None:
-        self.module = module
+    def __init__(self, modules: Iterable[nn.Module], inner: AbstractContextManager[Any] | None = None) -> None:
+        self.modules = list(modules)
         self.inner = inner or nullcontext()
         self._before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def __enter__(self) -> None:
-        for module in self.module.modules():
+        for module in self.modules:
             for name, buffer in module.named_buffers(recurse=False):
-                if module.training and buffer.dtype != torch.bool:  # a mask, which nobody counts with
-                    self._before.append((module, name, buffer, buffer.clone()))
+                self._before.append((module, name, buffer, buffer.clone()))
         self.inner.__enter__()
 
     def __exit__(self, *error: Any) -> bool | None:

@@ -44,24 +44,26 @@ class Kept:
 
     def share(self, first: int, last: int) -> float:
         """What the blocks from `first` to `last` keep at once, as a share of what backprop keeps."""
-        if self.entered and first < last:
-            return self._share_run_again(first, last)
+        count = self._bytes_run_again if self.entered and first < last else self._bytes
+        return count(first, last) / self.backprop if self.backprop else 0.0
+
+    def _bytes(self, first: int, last: int) -> int:
         kept, most = dict(self.inputs), 0
         for k in range(first, last + 1):
             kept |= self.blocks[k]  # a storage counts once, however many blocks keep it
             if self.redone[k]:  # in backward, where what is above the block is gone
                 most = max(most, sum(kept.values()) + self.redone[k])
             kept |= self.objectives[k] | (self.norms[k] if k < last else {})
-        return max(most, sum(kept.values())) / self.backprop if self.backprop else 0.0
+        return max(most, sum(kept.values()))
 
-    def _share_run_again(self, first: int, last: int) -> float:
+    def _bytes_run_again(self, first: int, last: int) -> int:
         """The same where each block runs again in backward, when those above it are gone."""
         kept, most = self.inputs | self.entered[first], 0
         for k in range(first, last + 1):
             kept = kept | self.products[k] | self.objectives[k] | (self.handed[k] if k < last else {})
             again = kept | self.blocks[k] | (self.norms[k - 1] if k > first else {})
             most = max(most, sum(again.values()) + self.redone[k])
-        return most / self.backprop if self.backprop else 0.0
+        return most
 
 
 class Counter:
@@ -147,14 +149,17 @@ class Windows:
         held = (k for k in range(self.blocks) if k not in trained or k + 1 not in trained)
         return {*ends, *held}
 
-    def run(self, trained: Container[int]) -> list[list[int]]:
-        """The last block of each window of each placement, where only some blocks are trained."""
-        return [sorted(self.borders(number, trained)) for number in range(len(self.placements))]
+    def run(self, trained: Container[int]) -> list[list[tuple[int, int]]]:
+        """For each placement, the first and the last block of its windows; those of blocks not trained are left out."""
+        placements = (spans(sorted(self.borders(number, trained))) for number in range(len(self.placements)))
+        return [[span for span in of_pass if span[1] in trained] for of_pass in placements]
 
     def warn_of_heads(self, trained: frozenset[int]) -> None:
         """Say which heads of trained blocks never learn."""
-        never = sorted(trained.difference(*self.run(trained)))
-        if self.own_loss == 0 and never:
+        if self.own_loss:
+            return
+        never = sorted(trained - {last for of_pass in self.run(trained) for _, last in of_pass})
+        if never:
             warnings.warn(
                 f"own_loss={self.own_loss}: the heads of blocks {never} never learn, since no window ends there; "
                 "vote='last' leaves them out",
