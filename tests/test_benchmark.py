@@ -35,7 +35,9 @@ def test_tensors_alive_are_counted_exactly():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in FRONTIER if "reach" not in name] + ["sff 2", "sff block reach 0.9", "sff block reach 1.0"]
+    "name",
+    [name for name in FRONTIER if "reach" not in name]
+    + ["sff 2", "sff block reach 0.9", "sff block reach 1.0", "sff block reach 0.9 recompute"],
 )
 def test_a_step_trains_every_parameter_and_leaves_no_gradient(name):
     variant = build(SETTINGS, name)
@@ -75,12 +77,20 @@ def test_gradients_of_a_window_are_alive_at_once():
     assert found["sff block"] < found["backprop"] < found["sff block reach 1.0"], "the heads have gradients, too"
 
 
+def test_blocks_that_run_again_keep_less_and_do_more():
+    plain, again = Result("plain", []), Result("again", [])
+    _count(build(SETTINGS, "sff block reach 1.0"), plain)
+    _count(build(SETTINGS, "sff block reach 1.0 recompute"), again)
+    assert again.saved_peak < plain.saved_peak
+    assert again.operations > plain.operations, "the first convolution runs twice"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("sff block reach 0.1", "reach=0.1: block .* by itself keeps"),
-        ("sff block reach", "may be 'reach R' and 'head NAME'"),
-        ("sff block speed 3", "may be 'reach R' and 'head NAME'"),
+        ("sff block reach", "may be 'reach R', 'head NAME', 'recompute'"),
+        ("sff block speed 3", "may be 'reach R', 'head NAME', 'recompute'"),
     ],
 )
 def test_a_variant_that_is_none_is_named(name, message):

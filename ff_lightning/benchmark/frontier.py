@@ -14,6 +14,7 @@ FRONTIER = [
     *REFERENCES,
     *("sff layer", "sff block", "sff stage"),
     *(f"sff block reach {reach}" for reach in (0.3, 0.4, 0.6, 0.8, 1.0)),
+    *("sff block reach 0.4 recompute", "sff block reach 0.6 recompute"),
     "sff block head lookahead",
 ]
 """The variants, see `variants.build`. A reach of 1.0 is backpropagation with deep supervision and a vote."""

@@ -80,7 +80,9 @@ def label(name: str, settings: Settings) -> str:
         return f"backprop in {settings.micro_batches} micro-batches"
     if name == "selective":
         return "selective checkpointing"
-    return name.replace("sff", "SFF by").replace(" head", ", head").replace(" reach", ", reach")
+    for word in (" head", " reach", " recompute"):
+        name = name.replace(word, f",{word}")
+    return name.replace("sff", "SFF by")
 
 
 def _ratio(value: float, base: float) -> str:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.local.net import LocalNet
 from ff_lightning.local.recompute import ATTENTION, PRODUCTS
+from ff_lightning.local.windows import Kept
 from ff_lightning.partition import Block, Granularity, State, partition
 from ff_lightning.partition.block import main_output
 from ff_lightning.util.memory import Saved, saved_for_backward
@@ -162,15 +163,23 @@ class _Results(TorchDispatchMode):
         return result
 
 
-def local(settings: Settings, granularity: Granularity, reach: float = 1) -> Variant:
+def local(settings: Settings, granularity: Granularity, reach: float = 1, recompute: bool = False) -> Variant:
     """Scalable Forward-Forward: backward and step of each block, or window, at once; an optimizer for each block."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="reach=", category=UserWarning)  # it would be another variant
         try:
-            net = _local_net(settings, granularity, reach)
+            net = _local_net(settings, granularity, reach, recompute)
         except UserWarning as warning:
             raise ValueError(str(warning)) from None
-    return _local_steps(settings, net, [settings.batch_of_noise()] * len(net.windows.placements))
+    variant = _local_steps(settings, net, [settings.batch_of_noise()] * len(net.windows.placements))
+    return replace(variant, saved_peak=partial(_planned, settings, net)) if recompute else variant
+
+
+def _planned(settings: Settings, net: LocalNet) -> int:
+    """Bytes that the largest window keeps by the network's own count, in which blocks run again."""
+    kept = cast(Kept, net.windows.kept)
+    share = max(max(net.windows.shares(ends)) for ends in net.windows.placements)
+    return settings.batch * round(share * kept.backprop)
 
 
 def _local_steps(settings: Settings, net: LocalNet, batches: Iterable[Any]) -> Variant:
@@ -250,9 +259,12 @@ def _epoch_of_trainer(settings: Settings, loader: "DataLoader[Any]") -> Variant:
     return Variant(step, seconds=lambda: clock.seconds)
 
 
-def _local_net(settings: Settings, granularity: Granularity = "block", reach: float = 1) -> LocalNet:
+def _local_net(
+    settings: Settings, granularity: Granularity = "block", reach: float = 1, recompute: bool = False
+) -> LocalNet:
     shape = (3, settings.size, settings.size)
-    net = LocalNet(settings.model(), settings.classes, granularity, settings.head, reach=reach, input_shape=shape)
+    more: dict[str, Any] = {"reach": reach, "recompute": recompute, "input_shape": shape}
+    net = LocalNet(settings.model(), settings.classes, granularity, settings.head, **more)
     return cast(LocalNet, settings.place(net))
 
 
@@ -266,16 +278,17 @@ def _optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def build(settings: Settings, name: str) -> Variant:
-    """The variant of a name: for local ones ``"sff GRANULARITY"``, and behind it ``"reach 0.4"`` or ``"head deep"``.
+    """The variant of a name: for local ones ``"sff GRANULARITY reach 0.4 head deep recompute"``, or a part of it.
 
     Raises:
         ValueError: If there is no such variant, or a share of `reach` is less than what a block by itself keeps.
     """
     method, *words = name.split()
-    granularity, *pairs = words or ["block"]
+    again = words[-1:] == ["recompute"]
+    granularity, *pairs = words[: len(words) - again] or ["block"]
     cut: Granularity = int(granularity) if granularity.isdigit() else cast(Any, granularity)
     if len(pairs) % 2 or not {*pairs[::2]} <= {"reach", "head"}:
-        raise ValueError(f"variant={name!r}: behind the granularity there may be 'reach R' and 'head NAME'")
+        raise ValueError(f"variant={name!r}: behind the granularity there may be 'reach R', 'head NAME', 'recompute'")
     more = dict(zip(pairs[::2], pairs[1::2], strict=True))
     settings = replace(settings, head=more.get("head", settings.head))
     builders: dict[str, Callable[[], Variant]] = {
@@ -283,7 +296,7 @@ def build(settings: Settings, name: str) -> Variant:
         "checkpointing": lambda: checkpointed(settings),
         "selective": lambda: checkpointed(settings, [*PRODUCTS, *ATTENTION]),
         "accumulation": lambda: backprop(settings, settings.micro_batches),
-        "sff": lambda: local(settings, cut, float(more["reach"]) if "reach" in more else 1),
+        "sff": lambda: local(settings, cut, float(more["reach"]) if "reach" in more else 1, again),
         "model": lambda: predict(settings, None),
         "vote": lambda: predict(settings, cut),
         "loop": lambda: epoch(settings, with_trainer=False),
