@@ -28,7 +28,10 @@ def small_stem(model: nn.Module) -> nn.Module:
     size = 128
     example = torch.zeros(1, first.in_channels, size, size)
     while True:
-        features = read_features(model, example)
+        try:
+            features = read_features(model, example)
+        except ValueError as error:
+            raise ValueError(f"stem='small' does not suit this network, give stem='standard' ({error})") from error
         sides = {
             features.input: size,
             **{op.node: op.shape[-1] for op in features.ops if op.shape and len(op.shape) == 4},
