@@ -90,6 +90,8 @@ def test_blocks_that_run_again_keep_less_and_do_more():
     [
         ("sff block reach 0.1", "reach=0.1: block .* by itself keeps"),
         ("sff block reach", "may be 'reach R', 'head NAME', 'recompute'"),
+        ("sff block recompute", "recompute=True has no effect"),
+        ("backprop recompute", "may be 'reach R'"),
         ("sff block speed 3", "may be 'reach R', 'head NAME', 'recompute'"),
     ],
 )

@@ -3,8 +3,7 @@
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -18,7 +17,6 @@ from ff_lightning.backbones.signal import signal
 from ff_lightning.backbones.stem import first_convolution, like, replace, small_stem
 from ff_lightning.backbones.text import text
 from ff_lightning.backbones.weights import load_weights, read_weights
-from ff_lightning.partition.trace import first_line
 from ff_lightning.util.arguments import check_shape, check_whole
 from ff_lightning.util.suggest import unknown
 
@@ -46,8 +44,8 @@ def build_backbone(
         name: ``"cnn"``, ``"cfse"``, ``"local"``, ``"mlp"``, ``"signal"`` or ``"text"``, the name of a torchvision
             classification model, or ``"timm/NAME"`` where timm is installed.
         num_classes: Outputs of the classifier.
-        input_shape: (C, H, W) of an image, of which H and W matter to transformers alone, (C, T) of a signal,
-            (T,) for the most tokens of a text; an mlp takes any shape.
+        input_shape: (C, H, W) of an image, of which only C matters to most networks, (C, T) of a signal, (T,) for the
+            most tokens of a text; an mlp takes any shape.
         stem: ``"small"``: see `small_stem`.
         weights: ``"DEFAULT"`` or another name of torchvision's weights for the model, or the path of a state dict.
         vocabulary: Number of token ids.
@@ -90,30 +88,12 @@ def known_names() -> list[str]:
     return [*_OWN, *models.list_models(module=models)]
 
 
-def _size(name: str, shape: Sequence[int]) -> dict[str, Any]:
-    """The size of images, for those of torchvision's networks that are built for one."""
-    if name.startswith("vit_"):
-        return {"image_size": shape[1]}
-    return {"input_size": (shape[1], shape[2])} if name.startswith("maxvit_") else {}
-
-
-@contextmanager
-def _for_images(name: str, shape: Sequence[int]) -> Iterator[None]:
-    """Say for which images a network could not be built."""
-    try:
-        yield
-    except (AssertionError, RuntimeError, ValueError) as error:
-        size = " x ".join(map(str, shape[1:]))
-        raise ValueError(f"backbone={name!r} cannot be built for images of {size}: {first_line(error)}") from None
-
-
 def _build(name: str, num_classes: int, shape: Sequence[int], vocabulary: int | None) -> nn.Module:
     if name in _OWN:
         return _OWN[name](num_classes, shape, vocabulary)
     if name in models.list_models(module=models):
         plain = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-        with _for_images(name, shape):
-            return models.get_model(name, weights=None, num_classes=num_classes, **plain, **_size(name, shape))
+        return models.get_model(name, weights=None, num_classes=num_classes, **plain)
     if name.startswith("timm/"):
         if importlib.util.find_spec("timm") is None:
             raise ValueError(f"backbone={name!r} needs timm: pip install 'ff-lightning[timm]'")
@@ -122,11 +102,7 @@ def _build(name: str, num_classes: int, shape: Sequence[int], vocabulary: int | 
             raise ValueError(
                 unknown("backbone", name, [f"timm/{model}" for model in timm.list_models()], "a timm model")
             )
-        cfg = timm.get_pretrained_cfg(name[5:], allow_unregistered=True)
-        size = tuple(shape[1:])
-        for_size = {"img_size": size} if cfg and cfg.fixed_input_size and size != tuple(cfg.input_size[1:]) else {}
-        with _for_images(name, shape):
-            return timm.create_model(name[5:], pretrained=False, num_classes=num_classes, **for_size)
+        return timm.create_model(name[5:], pretrained=False, num_classes=num_classes)
     raise ValueError(
         unknown(
             "backbone",

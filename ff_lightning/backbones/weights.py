@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,7 +9,6 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models.vision_transformer import interpolate_embeddings
 
 from ff_lightning.util.arguments import check_path
 from ff_lightning.util.files import check_sums
@@ -47,13 +45,10 @@ def read_weights(name: str, weights: str) -> Mapping[str, Tensor]:
 
 _OF_A_BLOCK = re.compile(r"(?:.+\.)?blocks\.\d+\.body\.(.+)")
 """Tensors of a `LocalNet`, and their names in the network that was cut."""
-_POSITIONS = "encoder.pos_embedding"
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state dict of the same network; a classifier for other classes is left out.
-
-    The positions of torchvision's `VisionTransformer` are interpolated for another size of image.
 
     Args:
         model: The network.
@@ -66,8 +61,6 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     blocks = {match[1]: value for key, value in state.items() if (match := _OF_A_BLOCK.fullmatch(key))}
     state = blocks or _without_prefix(state, own)
-    if isinstance(model, models.VisionTransformer) and _POSITIONS in state:
-        state = interpolate_embeddings(model.image_size, model.patch_size, OrderedDict(state))
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     of_classifier = {f"{layers[-1]}.weight", f"{layers[-1]}.bias"}
     if blocks:  # whole parts of the network that SFF leaves out

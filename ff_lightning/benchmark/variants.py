@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision import models
 
-from ff_lightning.backbones import Stem, build_backbone
+from ff_lightning.backbones import Stem, build_backbone, small_stem
 from ff_lightning.local.net import LocalNet
 from ff_lightning.local.recompute import ATTENTION, PRODUCTS
 from ff_lightning.local.windows import Kept
@@ -49,6 +50,9 @@ class Settings:
     def model(self) -> nn.Module:
         """The network, the same weights each time."""
         torch.manual_seed(0)
+        if self.backbone.startswith("vit_"):  # made for images of one size
+            model = models.get_model(self.backbone, num_classes=self.classes, image_size=self.size)
+            return small_stem(model) if self.stem == "small" else model
         return build_backbone(self.backbone, self.classes, (3, self.size, self.size), self.stem)
 
     def place(self, module: nn.Module) -> nn.Module:
@@ -166,11 +170,17 @@ class _Results(TorchDispatchMode):
 def local(settings: Settings, granularity: Granularity, reach: float = 1, recompute: bool = False) -> Variant:
     """Scalable Forward-Forward: backward and step of each block, or window, at once; an optimizer for each block."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="reach=", category=UserWarning)  # it would be another variant
+        warnings.filterwarnings(
+            "error", message="(reach|recompute)=", category=UserWarning
+        )  # it would be another variant
         try:
             net = _local_net(settings, granularity, reach, recompute)
         except UserWarning as warning:
             raise ValueError(str(warning)) from None
+    if recompute and settings.precision != "32":
+        raise ValueError(
+            f"precision={settings.precision!r}: what blocks keep that run again is counted in float32 alone"
+        )
     variant = _local_steps(settings, net, [settings.batch_of_noise()] * len(net.windows.placements))
     return replace(variant, saved_peak=partial(_planned, settings, net)) if recompute else variant
 
@@ -284,11 +294,11 @@ def build(settings: Settings, name: str) -> Variant:
         ValueError: If there is no such variant, or a share of `reach` is less than what a block by itself keeps.
     """
     method, *words = name.split()
-    again = words[-1:] == ["recompute"]
-    granularity, *pairs = words[: len(words) - again] or ["block"]
+    again = method == "sff" and "recompute" in words
+    granularity, *pairs = [word for word in words if not (again and word == "recompute")] or ["block"]
     cut: Granularity = int(granularity) if granularity.isdigit() else cast(Any, granularity)
-    if len(pairs) % 2 or not {*pairs[::2]} <= {"reach", "head"}:
-        raise ValueError(f"variant={name!r}: behind the granularity there may be 'reach R', 'head NAME', 'recompute'")
+    if len(pairs) % 2 or (words and method not in ("sff", "vote")) or not {*pairs[::2]} <= {"reach", "head"}:
+        raise ValueError(f"variant={name!r}: behind 'sff GRANULARITY' there may be 'reach R', 'head NAME', 'recompute'")
     more = dict(zip(pairs[::2], pairs[1::2], strict=True))
     settings = replace(settings, head=more.get("head", settings.head))
     builders: dict[str, Callable[[], Variant]] = {
