@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 
-from ff_lightning.backbones import Stem, build_backbone, small_stem
+from ff_lightning.backbones import Stem, build_backbone
 from ff_lightning.local.net import LocalNet
 from ff_lightning.local.recompute import ATTENTION, PRODUCTS
 from ff_lightning.local.windows import Kept
@@ -50,9 +50,8 @@ class Settings:
     def model(self) -> nn.Module:
         """The network, the same weights each time."""
         torch.manual_seed(0)
-        if self.backbone.startswith("vit_"):  # made for images of one size
-            model = models.get_model(self.backbone, num_classes=self.classes, image_size=self.size)
-            return small_stem(model) if self.stem == "small" else model
+        if self.backbone.startswith("vit_") and self.stem == "standard":  # made for images of one size
+            return models.get_model(self.backbone, num_classes=self.classes, image_size=self.size)
         return build_backbone(self.backbone, self.classes, (3, self.size, self.size), self.stem)
 
     def place(self, module: nn.Module) -> nn.Module:
@@ -169,27 +168,21 @@ class _Results(TorchDispatchMode):
 
 def local(settings: Settings, granularity: Granularity, reach: float = 1, recompute: bool = False) -> Variant:
     """Scalable Forward-Forward: backward and step of each block, or window, at once; an optimizer for each block."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "error", message="(reach|recompute)=", category=UserWarning
-        )  # it would be another variant
-        try:
-            net = _local_net(settings, granularity, reach, recompute)
-        except UserWarning as warning:
-            raise ValueError(str(warning)) from None
     if recompute and settings.precision != "32":
         raise ValueError(
             f"precision={settings.precision!r}: what blocks keep that run again is counted in float32 alone"
         )
+    with warnings.catch_warnings():
+        # it would be another variant
+        warnings.filterwarnings("error", message="(reach|recompute)=", category=UserWarning)
+        try:
+            net = _local_net(settings, granularity, reach, recompute)
+        except UserWarning as warning:
+            raise ValueError(str(warning)) from None
     variant = _local_steps(settings, net, [settings.batch_of_noise()] * len(net.windows.placements))
-    return replace(variant, saved_peak=partial(_planned, settings, net)) if recompute else variant
-
-
-def _planned(settings: Settings, net: LocalNet) -> int:
-    """Bytes that the largest window keeps by the network's own count, in which blocks run again."""
-    kept = cast(Kept, net.windows.kept)
-    share = max(max(net.windows.shares(ends)) for ends in net.windows.placements)
-    return settings.batch * round(share * kept.backprop)
+    if recompute:  # the hooks see nothing of it
+        variant.saved_peak = lambda: settings.batch * cast(Kept, net.windows.kept).most(net.windows.run(net.trained))
+    return variant
 
 
 def _local_steps(settings: Settings, net: LocalNet, batches: Iterable[Any]) -> Variant:
@@ -273,8 +266,8 @@ def _local_net(
     settings: Settings, granularity: Granularity = "block", reach: float = 1, recompute: bool = False
 ) -> LocalNet:
     shape = (3, settings.size, settings.size)
-    more: dict[str, Any] = {"reach": reach, "recompute": recompute, "input_shape": shape}
-    net = LocalNet(settings.model(), settings.classes, granularity, settings.head, **more)
+    model, classes, head = settings.model(), settings.classes, settings.head
+    net = LocalNet(model, classes, granularity, head, reach=reach, recompute=recompute, input_shape=shape)
     return cast(LocalNet, settings.place(net))
 
 

@@ -107,8 +107,7 @@ def kept_per_image(net: LocalNet) -> tuple[int, int]:
     if net.hooked is not None:
         return 0, 0
     kept = net.windows.kept or net.kept()
-    most = max(kept.share(*span) for of_pass in net.windows.run(net.trained) for span in of_pass)
-    return round(most * kept.backprop), kept.backprop
+    return kept.most(net.windows.run(net.trained)), kept.backprop
 
 
 def _name(block: Any) -> str:

@@ -47,6 +47,10 @@ class Kept:
         count = self._bytes_run_again if self.entered and first < last else self._bytes
         return count(first, last) / self.backprop if self.backprop else 0.0
 
+    def most(self, windows: Iterable[Sequence[tuple[int, int]]]) -> int:
+        """Bytes that the largest of some windows keeps, given as those of each pass (see `Windows.run`)."""
+        return round(max(self.share(*span) for of_pass in windows for span in of_pass) * self.backprop)
+
     def _bytes(self, first: int, last: int) -> int:
         kept, most = dict(self.inputs), 0
         for k in range(first, last + 1):
