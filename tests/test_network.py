@@ -167,6 +167,15 @@ def test_blocks_may_share_a_head(reach, trained):
     assert not {*two.heads.parameters()} & delivered.without_gradient
 
 
+def test_a_unit_may_name_a_parameter_twice():
+    one = make()
+    two = copy.deepcopy(one)
+    one.loss(X, Y).backward()
+    delivered = deliver(two.updates(X, Y), [2 * two.block_parameters(k) for k in range(len(two.blocks))])
+    delivered.losses.sum().backward()
+    assert_same(gradients(one), gradients(two))
+
+
 def test_every_border_is_open_at_times():
     net = make(reach=2)
     crossed = set()

@@ -222,7 +222,7 @@ class LocalNet(LocalBlocks):
 
         See `Chain`; what leaves a block of `borders` (None: all) is detached.
         """
-        blocks = cast(Sequence[Block], self.blocks[:count])
+        blocks = cast(Sequence[Block], list(self.blocks)[:count])
         again = [self._keeps_products[k] for k in range(len(blocks))] if self.recompute and self._keeps_products else ()
         chain = Chain(blocks, self.hooked, self.inputs, self.norm, for_head, self._mode_of, again)
         return chain.run(self.inputs.values(x), of_block, borders or range(len(blocks)))

@@ -218,6 +218,6 @@ def checked_loss(loss: Any, name: str) -> Tensor:
         ValueError: If it is not; it names the block.
     """
     if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss.reshape(())
+        return loss.reshape(()) if loss.ndim else loss
     found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shown(loss)
     raise ValueError(f"the loss of block {name} is {found}: it must be one scalar, such as its mean over the batch")

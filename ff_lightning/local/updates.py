@@ -50,28 +50,35 @@ def deliver(
     Raises:
         ValueError: If there is no update.
     """
-    every = list(dict.fromkeys(p for own in parameters for p in own))  # DistributedDataParallel waits for each of them
-    place = {parameter: number for number, parameter in enumerate(every)}
+    every: list[nn.Parameter] = []  # DistributedDataParallel waits for each of them
+    place: dict[int, int] = {}  # by identity, which costs less than to hash a tensor
+    of_units: list[list[int]] = []
+    for own in parameters:
+        for parameter in own:
+            if place.setdefault(id(parameter), len(every)) == len(every):
+                every.append(parameter)
+        of_units.append(list(dict.fromkeys(place[id(parameter)] for parameter in own)))
     gradients: list[tuple[int, list[int], list[Tensor]]] = []  # number of the loss, of the parameters, their gradients
     values: list[Tensor] = []
     units: list[int] = []
     scale: Tensor | None = None
     for update in updates:
-        if scale is None:
-            one = torch.ones((), device=update.loss.device)
-            scale = scaler.scale(one) if scaler else one
-        own = list(dict.fromkeys(p for unit in update.units for p in parameters[unit]))
-        if update.loss.requires_grad and own:
-            with without_tensor_hooks(own):  # they run when the gradients are handed over
-                found = torch.autograd.grad(update.loss * scale, own, allow_unused=True)
-            gradient_of = {p: gradient for p, gradient in zip(own, found, strict=True) if gradient is not None}
-            for number in reversed(range(len(update.units))):
-                of_unit = [p for p in parameters[update.units[number]] if p in gradient_of]
-                got = [gradient_of.pop(p) for p in of_unit]  # a shared parameter is handed over once
-                gradients.append((len(values) + number, [place[p] for p in of_unit], got))
+        if scaler is not None and scale is None:
+            scale = scaler.scale(torch.ones((), device=update.loss.device))
+        wanted = list(dict.fromkeys(number for unit in update.units for number in of_units[unit]))
+        if update.loss.requires_grad and wanted:
+            learning = [every[number] for number in wanted]
+            with without_tensor_hooks(learning):  # they run when the gradients are handed over
+                loss = update.loss if scale is None else update.loss * scale
+                found = torch.autograd.grad(loss, learning, allow_unused=True)
+            gradient_of = {n: gradient for n, gradient in zip(wanted, found, strict=True) if gradient is not None}
+            for at in reversed(range(len(update.units))):
+                of_unit = [number for number in of_units[update.units[at]] if number in gradient_of]
+                got = [gradient_of.pop(number) for number in of_unit]  # a shared parameter is handed over once
+                gradients.append((len(values) + at, of_unit, got))
         units += update.units
         values += update.values
-    if scale is None:
+    if not values:
         raise ValueError("a batch without any update: local_updates must yield one or more")
     reached = {number for _, numbers, _ in gradients for number in numbers}
     without_gradient = {parameter for number, parameter in enumerate(every) if number not in reached}
@@ -88,7 +95,7 @@ class _Deliver(torch.autograd.Function):
     def forward(
         ctx: Any,
         losses: Tensor,
-        scale: Tensor,
+        scale: Tensor | None,
         gradients: list[tuple[int, list[int], list[Tensor]]],
         *parameters: Tensor,
     ) -> Tensor:
@@ -101,7 +108,7 @@ class _Deliver(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the local gradients of this loss were already delivered: compute the loss again")
-        factors = (arriving / ctx.scale).unbind()
+        factors = (arriving if ctx.scale is None else arriving / ctx.scale).unbind()
         totals: list[Tensor | None] = [None] * ctx.count
         while gradients:
             number, places, computed = gradients.pop(0)

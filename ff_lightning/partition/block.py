@@ -62,7 +62,8 @@ class Block(nn.Module):
 
         Of more than three dimensions of positions the first ones become one.
         """
-        output = output.movedim(self.channel_dim, 1)
+        if self.channel_dim != 1:  # a view that changes nothing would be one more step of autograd
+            output = output.movedim(self.channel_dim, 1)
         return output.flatten(2, -3) if output.ndim > 5 else output
 
     def extra_repr(self) -> str:

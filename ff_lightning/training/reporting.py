@@ -112,8 +112,8 @@ class Reporting(KeepsHooks, LightningModule):
 
     def report(self, update: Update) -> None:
         """Note the losses of an update; they are collected at the end of the batch."""
-        self._units_of_batch += update.units
-        self._losses_of_batch += update.values
+        self._units_of_batch.extend(update.units)
+        self._losses_of_batch.extend(update.values)
 
     def report_scores(self, scores: Tensor, target: Tensor) -> None:
         """Count the figures of the vote in training, from scores (U, B, K) that cost no extra pass."""

@@ -20,8 +20,7 @@ class Stepper:
     steps after that.
 
     Args:
-        module: The model, of which `trainer`, `parameters_of_units`, `optimizer_of_unit` and `lr_schedulers()` are
-            used.
+        module: The model, of which `trainer`, `parameters_of_unit`, `optimizer_of_unit` and `lr_schedulers()` are used.
         group: The processes that average; None: there is one process.
     """
 
@@ -52,7 +51,7 @@ class Stepper:
         for unit in units:
             if unit not in self.module.optimizer_of_unit:  # every parameter of it is frozen
                 continue
-            averaging = None if self.group is None else Averaging(self.module.parameters_of_units[unit], self.group)
+            averaging = None if self.group is None else Averaging(self.module.parameters_of_unit(unit), self.group)
             self.waiting.append((unit, averaging))
             if averaging is None or not self.module.overlaps_steps or len(self.waiting) > 1:
                 self._step(*self.waiting.pop(0))
