@@ -134,6 +134,28 @@ def test_gradients_of_windows_equal_a_naive_loop(reach, own_loss, how):
         assert_same(gradients(one), [None if p.grad is None else p.grad for p in two.parameters()])
 
 
+class Halting(GoodnessHead):
+    """A head that sends no gradient to its block, by a hook or by a detached input."""
+
+    how = None
+
+    def forward(self, features):
+        if self.how == "hook":
+            features.register_hook(torch.zeros_like)
+        return super().forward(features.detach() if self.how == "detached" else features)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_hooks_of_a_head_do_not_reach_the_next_block(recompute):
+    nets = {how: make(reach=1.0, head=Halting, recompute=recompute) for how in ("hook", "detached")}
+    for how, net in nets.items():
+        net.heads[0].how = net.heads[1].how = how
+        net.loss(X, Y).backward()
+    one, two = map(gradients, nets.values())
+    assert_same(one, two)
+    assert one[0].any(), "the last loss reaches the first block"
+
+
 @pytest.mark.filterwarnings("ignore:reach=")
 @pytest.mark.parametrize("norm", ["layer", "none"])
 def test_every_border_that_may_be_is_open_at_times_and_no_window_keeps_too_much(norm):

@@ -96,7 +96,7 @@ def hand_on(
 ) -> tuple[Tensor, Tensor]:
     """What the next block sees of the output of a block, and the output as it is asked for; see `run_block`."""
     if for_head:
-        features = output
+        features = output if detach else output.view_as(output)  # hooks of a head are not to reach the next block
         outside = normalise(output.detach() if detach else output, norm, block.channel_dim, mask)
     else:
         features = normalise(output, norm, block.channel_dim, mask)

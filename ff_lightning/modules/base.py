@@ -195,12 +195,7 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
     @property
     def parameters_of_units(self) -> list[list[nn.Parameter]]:
         """The trainable parameters of each unit."""
-        return [self.parameters_of_unit(k) for k in range(len(self._units))]
-
-    def parameters_of_unit(self, k: int) -> list[nn.Parameter]:
-        """The trainable parameters of unit k."""
-        every = (parameter for module in self._units[k] for parameter in module.parameters())
-        return list(dict.fromkeys(parameter for parameter in every if parameter.requires_grad))
+        return [[p for module in modules for p in module.parameters() if p.requires_grad] for modules in self._units]
 
     def build_backbone(
         self,

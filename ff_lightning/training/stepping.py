@@ -20,7 +20,8 @@ class Stepper:
     steps after that.
 
     Args:
-        module: The model, of which `trainer`, `parameters_of_unit`, `optimizer_of_unit` and `lr_schedulers()` are used.
+        module: The model, of which `trainer`, `parameters_of_units`, `optimizer_of_unit` and `lr_schedulers()` are
+            used.
         group: The processes that average; None: there is one process.
     """
 
@@ -31,6 +32,7 @@ class Stepper:
         self.optimizers: Sequence[Optimizer] = module.trainer.optimizers
         self.schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
         self.waiting: list[tuple[int, Averaging | None]] = []
+        self.parameters: Sequence[Sequence[nn.Parameter]] = ()  # of the units, looked up once a step
         self.stepped: set[int] = set()
         self.scaled: set[int] = set()  # that have stepped with the present scale of float16
         self.stepped_in_epoch: set[int] = set()
@@ -51,7 +53,10 @@ class Stepper:
         for unit in units:
             if unit not in self.module.optimizer_of_unit:  # every parameter of it is frozen
                 continue
-            averaging = None if self.group is None else Averaging(self.module.parameters_of_unit(unit), self.group)
+            averaging = None
+            if self.group is not None:
+                self.parameters = self.parameters or self.module.parameters_of_units
+                averaging = Averaging(self.parameters[unit], self.group)
             self.waiting.append((unit, averaging))
             if averaging is None or not self.module.overlaps_steps or len(self.waiting) > 1:
                 self._step(*self.waiting.pop(0))
@@ -65,6 +70,7 @@ class Stepper:
                 self.schedulers[self.module.optimizer_of_unit[unit]].step()
         self.stepped_in_epoch |= self.stepped
         self.stepped.clear()
+        self.parameters = ()
         if self.scaler is not None and self.scaled:
             self._renew_scale(self.scaler)
         count_step(self.module.trainer)
