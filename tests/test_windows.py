@@ -134,6 +134,29 @@ def test_gradients_of_windows_equal_a_naive_loop(reach, own_loss, how):
         assert_same(gradients(one), [None if p.grad is None else p.grad for p in two.parameters()])
 
 
+@pytest.mark.parametrize(("reach", "ends"), [(2, {1, 3, 5}), (4, {2, 5}), (0.6, None)])
+def test_windows_that_do_not_move_are_the_fewest_of_all_placements(reach, ends):
+    moving, one, two = deep(reach=reach), deep(reach=reach, moving_windows=False, own_loss=0.3), deep()
+    placement = one.windows.borders(0, range(6))
+    every = [moving.windows.borders(number, range(6)) for number in range(12)]
+    assert placement in every
+    assert len(placement) == min(map(len, every))
+    assert ends is None or placement == ends, "two windows of equal length keep least"
+    x = torch.randn(6, 4, 8, 8)
+    for number in range(3):
+        assert one.windows.borders(number, range(6)) == placement
+        one.zero_grad(), two.zero_grad()
+        torch.testing.assert_close(learn(one, x, Y, "updates"), naive(two, x, Y, placement, 0.3))
+        assert_same(gradients(one), gradients(two))
+
+
+def test_bad_moving_windows():
+    with pytest.raises(ValueError, match="moving_windows=3"):
+        make(reach=2, moving_windows=3)
+    with pytest.warns(UserWarning, match=r"moving_windows=False has no effect: no window of reach=1 has two blocks"):
+        make(moving_windows=False)
+
+
 class Halting(GoodnessHead):
     """A head that sends no gradient to its block, by a hook or by a detached input."""
 

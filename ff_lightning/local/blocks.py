@@ -47,6 +47,7 @@ class LocalBlocks(nn.Module):
     reach: float
     own_loss: float
     recompute: bool
+    moving_windows: bool
     windows: Windows
     passes: int
     trained: frozenset[int]
@@ -163,7 +164,8 @@ class LocalBlocks(nn.Module):
         """Place the windows for the blocks that are there."""
         names = [cast(str, block.name) for block in self.blocks]
         local = is_whole(self.reach) and self.reach == 1
-        self.windows = Windows(self.reach, names, None if local else self.kept(), self.own_loss, self.recompute)
+        kept = None if local else self.kept()
+        self.windows = Windows(self.reach, names, kept, self.own_loss, self.recompute, self.moving_windows)
 
     def kept(self) -> Kept:
         """What autograd keeps for one example in the blocks: as much as a batch of three keeps more than one of two."""

@@ -56,8 +56,7 @@ class LocalNet(LocalBlocks):
         norm: How a block's output is changed for the next block: normalised over all features of a sample
             (``"layer"``), over the channels of each position (``"channel"``), divided by its root mean square
             (``"length"``), or not at all (``"none"``). The head sees the unchanged output. For token ids, and where
-            there is a mask, ``"layer"`` means ``"channel"`` as in transformers, so that neither padding nor hidden
-            tokens affect the norm of a token.
+            there is a mask, ``"layer"`` means ``"channel"``: neither padding nor other tokens affect a token's norm.
         vote: The common answer of the blocks: ``"mean"`` of goodness, mean weighted by ``"depth"``, ``"last"`` block,
             mean ``"log_softmax"``.
         input_shape: Of a sample: (C, H, W) of an image, (F,) of a vector, (C, T) of a signal, (C, D, H, W) of a volume,
@@ -68,10 +67,9 @@ class LocalNet(LocalBlocks):
             logsumexp.
         reach: The largest number of blocks that a loss trains: its own, and those below it up to the previous border.
             Above 1 the network is cut into windows of `reach` blocks, which move one block down at each pass, so that
-            each border is open half of the time or more, and each block also learns from losses above its own. The
-            graphs of `reach` blocks are then alive at once. A float above 0 and below 1 is a share of memory: no window
-            keeps more for backward than this share of what backprop keeps, unless a single block does; its memory is
-            then the limit. 1.0 is one window over all blocks: backprop with deep supervision. See `windows`.
+            each border is open half of the time or more, and each block also learns from losses above its own. A float
+            above 0 and below 1 is a share of memory: no window keeps more for backward than this share of what backprop
+            keeps, unless a single block does. 1.0 is one window over all blocks: backprop with deep supervision.
         vocabulary: Number of token ids, if a sample is a row of ids, int64. A parameter of `forward` with the name of a
             padding mask (see `Inputs`) is then taken as one.
         example: An input batch instead of `input_shape`, for a network with several inputs: a tuple of tensors, or a
@@ -82,16 +80,16 @@ class LocalNet(LocalBlocks):
             apply to gradients, not to the losses that are returned and reported.
         recompute: Within a window of several blocks keep the results of large convolutions, matrix products and
             attention alone, and compute the rest again in backward: longer windows in the memory that `reach` allows.
+        moving_windows: Whether the windows move from pass to pass. If not, they lie where the fewest are needed.
 
     Attributes:
         inputs: What the network is called with, an `Inputs`.
         blocks: The blocks in order, each with a `name`.
         objectives: The objective of each block; those with a head have it as `head`.
-        trained: Numbers of the blocks that are trained; see `train_only`.
+        trained: Numbers of the blocks that are trained (in the state dict); see `train_only`.
         windows: The `ff_lightning.local.windows.Windows` of `reach`.
-        voters: Numbers of the blocks that take part in the vote, those with a trained head; None: all.
-        passes: Passes with a graph so far; they decide where the borders lie. `trained`, `voters` and `passes` are in
-            the state dict.
+        voters: Numbers of the blocks that vote, those with a trained head (in the state dict); None: all.
+        passes: Passes with a graph so far (in the state dict); they decide where the borders lie.
 
     Raises:
         ValueError: If an argument is out of its range or the model cannot be cut; see `ff_lightning.partition`.
@@ -122,6 +120,7 @@ class LocalNet(LocalBlocks):
         example: Example | None = None,
         own_loss: float = 1.0,
         recompute: bool = False,
+        moving_windows: bool = True,
     ) -> None:
         super().__init__()
         check_network("model", model)
@@ -132,6 +131,7 @@ class LocalNet(LocalBlocks):
         check_loss(loss)
         check_number("own_loss", own_loss, least=0, most=1)
         check_switch("recompute", recompute)
+        check_switch("moving_windows", moving_windows)
         longest = None
         if example is None:
             check_shape("input_shape", input_shape, model if vocabulary is None else "text")
@@ -148,7 +148,7 @@ class LocalNet(LocalBlocks):
         self.vote = vote
         self.reach = reach
         self.own_loss = float(own_loss)
-        self.recompute = recompute
+        self.recompute, self.moving_windows = recompute, moving_windows
         self._keeps_products = {}
         self.passes = 0
         self.input_shape = self.inputs.shape

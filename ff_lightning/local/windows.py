@@ -102,7 +102,8 @@ class Windows:
 
     A placement starts a window at one block, and makes all windows above and below as long as allowed. Each block in
     turn is the one to start at; the different placements take turns. So each border is open part of the time, unless
-    its two neighbours together exceed the limit.
+    its two neighbours together exceed the limit. Windows that do not move have the placement with the fewest of them,
+    and of several such ones that whose largest window keeps least.
 
     Args:
         reach: The most blocks of a window, or the largest share of backprop's memory that it may keep: above 0 and
@@ -111,6 +112,7 @@ class Windows:
         kept: What they keep; None: not known, `reach` is a number of blocks.
         own_loss: The loss of a block weighs `own_loss` to the power of its distance to the end of its window.
         recompute: Whether the blocks of a window run again in backward.
+        moving: Whether the placements take turns.
 
     Attributes:
         placements: For each pass in turn, the last block of each window, in order.
@@ -120,7 +122,13 @@ class Windows:
     """
 
     def __init__(
-        self, reach: float, names: Sequence[str], kept: Kept | None, own_loss: float, recompute: bool = False
+        self,
+        reach: float,
+        names: Sequence[str],
+        kept: Kept | None,
+        own_loss: float,
+        recompute: bool = False,
+        moving: bool = True,
     ) -> None:
         self.reach = reach
         self.kept = kept
@@ -141,7 +149,10 @@ class Windows:
         # windows of a number of blocks are the same wherever one of them begins so many blocks further up
         begins = range(1 if one else min(int(reach), self.blocks) if is_whole(reach) else self.blocks)
         self.placements = sorted({self._from(begin) for begin in begins}, reverse=True)
+        if not moving and kept is not None:
+            self.placements = [min(self.placements, key=lambda ends: (len(ends), max(self.shares(ends))))]
         idle = [f"own_loss={own_loss}"] * (own_loss != 1) + ["recompute=True"] * recompute
+        idle += ["moving_windows=False"] * (not moving)
         if idle and self.longest == 1:
             warnings.warn(
                 f"{' and '.join(idle)} has no effect: no window of reach={reach} has two blocks", stacklevel=5

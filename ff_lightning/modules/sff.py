@@ -46,6 +46,7 @@ class SFF(LocalLearner):
             window; 0 to 1.
         recompute: Whether windows of several blocks keep the results of large products alone, and compute the rest
             again in backward; see `ff_lightning.LocalNet`.
+        moving_windows: Whether the windows of `reach` move from batch to batch; if not, there are as few as possible.
         train_blocks: Numbers or names of the blocks to train. The others keep weights and running statistics, and vote
             only if a checkpoint brings trained heads for them.
         kwargs: How it is trained: task, optimizer, lr, lr_scheduler, ...; see `LocalLearner`.
@@ -70,6 +71,7 @@ class SFF(LocalLearner):
         train_blocks: list[int | str] | None = None,
         own_loss: float = 1.0,
         recompute: bool = False,
+        moving_windows: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, input_shape=input_shape, **kwargs)
@@ -90,6 +92,7 @@ class SFF(LocalLearner):
             self.vocabulary,
             own_loss=own_loss,
             recompute=recompute,
+            moving_windows=moving_windows,
         )
         self.set_units(self.net.units())
         self.train_blocks = train_blocks
