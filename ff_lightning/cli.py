@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ff_lightning.callbacks import BestCheckpoint, BlockTable, Charts, LastCheckpoint, Pictures, TimeLeft
 from ff_lightning.callbacks.table import LogShortEpochs
-from ff_lightning.commands.answers import check_configs, end, of_parser, subclasses
+from ff_lightning.commands.answers import check_configs, collect_namesakes, end, of_parser, subclasses
 from ff_lightning.commands.ckpt_path import find_checkpoint, found_root, read_checkpoint
 from ff_lightning.commands.classes import asked_class
 from ff_lightning.commands.composing import OF_ONE_SET, compose, names
@@ -139,6 +139,7 @@ class CLI(LightningCLI):
         A class that is asked for brings its own defaults: jsonargparse would keep those of the default class.
         """
         given = sys.argv[1:] if args is None else args
+        collect_namesakes(*_BASES)
         first = parser.parse_args([argument for argument in given if not argument.startswith("--print_config")])
         subcommand = first.subcommand
         try:

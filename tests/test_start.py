@@ -63,6 +63,13 @@ def test_a_class_made_of_another_by_its_name_does_not_take_its_place():
     assert namesake in SFF.__subclasses__()
 
 
+def test_a_name_has_one_meaning_after_an_export():
+    sff = SFF(num_classes=10, input_shape=(1, 8, 8)).eval()
+    torch.export.export(sff, (torch.zeros(2, 1, 8, 8),), strict=False)
+    printed = run("fit", "--model", "SFF", "--data", "Digits", "--print_config")
+    assert yaml.safe_load(printed)["model"]["class_path"] == "ff_lightning.SFF"
+
+
 def test_a_template_runs_and_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("init", "mine.yaml")

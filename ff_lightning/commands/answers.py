@@ -3,6 +3,7 @@
 import argparse
 import ast
 import errno
+import gc
 import logging
 import re
 import sys
@@ -227,6 +228,17 @@ def subclasses(*bases: type) -> dict[str, type]:
         # torch.export leaves subclasses that have the name of their base
         found |= {**subclasses(*base.__subclasses__()), base.__name__: base}
     return {name: cls for name, cls in found.items() if not name.startswith("_")}
+
+
+def collect_namesakes(*bases: type) -> None:
+    """Collect the subclasses that `torch.export` leaves behind: with them the name of their base has two meanings."""
+    if any(_has_namesake(base) for base in bases):
+        gc.collect()
+
+
+def _has_namesake(base: type) -> bool:
+    below: list[type] = base.__subclasses__()
+    return any(cls.__name__ == base.__name__ or _has_namesake(cls) for cls in below)
 
 
 def check_configs(args: Sequence[str]) -> None:
