@@ -23,12 +23,7 @@ _NO_METHOD = "trainer"
 def main(args: Sequence[str] | None = None) -> None:
     """Run and tabulate; see ``--help``."""
     arguments, of_fit = _parser().parse_known_args(args)
-    for option in ("--seed_everything", "--data.seed"):
-        if any(argument.split("=")[0] == option for argument in of_fit):
-            sys.exit(f"{option}: each run has the seed of its own, give --seeds")
-    if arguments.plot:
-        with in_one_line():
-            needs("matplotlib", "plot")
+    _check(arguments, of_fit)
     configs = [path for recipe in arguments.recipes for path in _configs(recipe, arguments.configs, arguments.methods)]
     runs = [(config, seed) for config in configs for seed in arguments.seeds]
     left = 0
@@ -60,6 +55,31 @@ def main(args: Sequence[str] | None = None) -> None:
         plot(found, arguments.stage, arguments.plot)
 
 
+def _check(arguments: argparse.Namespace, of_fit: Sequence[str]) -> None:
+    """End the process where the command could not be carried out to its end."""
+    given = [argument.split("=")[0].rstrip("+") for argument in of_fit]
+    for option in ("--seed_everything", "--data.seed"):
+        if option in given:
+            sys.exit(f"{option}: each run has the seed of its own, give --seeds")
+    for option in given:
+        if option == "--trainer.logger" or option.startswith("--trainer.logger."):
+            sys.exit(f"{option}: the table is made of what the default logger writes")
+    if of_fit and not arguments.recipes:
+        sys.exit(f"{given[0]}: is handed to ff-lightning fit, and there is no recipe to fit: give RECIPE first")
+    if arguments.plot and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
+        sys.exit(f"--plot={arguments.plot}: must end in .png, .svg or .pdf")
+    if arguments.plot and not arguments.plot.parent.is_dir():
+        sys.exit(f"--plot={arguments.plot}: there is no folder {arguments.plot.parent}")
+    for option in ("plot", "csv"):
+        if (path := getattr(arguments, option)) and path.is_dir():
+            sys.exit(f"--{option}={path}: is a folder, give a file")
+    if arguments.runs.exists() and not arguments.runs.is_dir():
+        sys.exit(f"--runs={arguments.runs}: is a file, give a folder")
+    if arguments.plot:
+        with in_one_line():
+            needs("matplotlib", "plot")
+
+
 def _configs(recipe: str, folder: Path, methods: Sequence[str] | None) -> list[Path]:
     """The configs of a recipe; all that are there, unless methods are asked for.
 
@@ -86,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Fit and test recipes with several seeds and methods, from a folder with configs/, such as a "
         "clone; print a table of all runs that are there. A run that was cut off goes on, and several processes can "
         "share the work, each with the same command (on Windows: with other seeds). Any other argument is handed to "
-        "ff-lightning fit, such as --data.root FOLDER.",
+        "ff-lightning fit, such as --data.root FOLDER; recipes come before these.",
     )
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="name of the configs; none: only the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])

@@ -309,3 +309,11 @@ def test_plot_says_what_it_needs(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--plot", "memory.png"])
     assert "pip install 'ff-lightning[plot]'" in capsys.readouterr().err
+
+
+def test_what_cannot_be_compared_is_skipped():
+    results = {r.name: r for r in measure(SETTINGS, ["backprop", "selective"], compiled=True, repetitions=0, steps=1)}
+    assert "compiled code may write over" in results["selective compiled"].skipped
+    assert not results["selective"].skipped
+    with pytest.raises(ValueError, match="batch=6: must be a multiple of micro_batches=4"):
+        build(replace(SETTINGS, batch=6, micro_batches=4), "accumulation")

@@ -221,6 +221,13 @@ def with_weight_norm():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.utils.weight_norm(nn.Conv2d(4, 8, 3)), nn.ReLU())
 
 
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_it_lies_where_the_network_lies(width):
+    net = LocalNet(residual().double(), 10, head=partial(LookAhead, width=width), input_shape=SHAPE)
+    net.loss(torch.randn(2, *SHAPE, dtype=torch.float64), torch.arange(2)).backward()
+    assert all(p.dtype == p.grad.dtype == torch.float64 for p in net.parameters())
+
+
 @pytest.mark.parametrize(
     ("network", "arguments", "says"),
     [

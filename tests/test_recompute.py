@@ -294,6 +294,36 @@ def test_a_compiled_network(make_trainer, digits):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
+class Bounded(nn.Module):
+    """Sigmoids behind convolutions: compiled code writes them over the results of these."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(2))
+        self.act = nn.Sequential(self.layers[0], nn.Sigmoid())
+        if how == "module":
+            self.act.compile()
+        self.function = torch.compile(self.act.forward) if how == "function" else self.act
+
+    def forward(self, x):
+        return x + self.layers[1](self.function(x)).sigmoid()
+
+
+@pytest.mark.parametrize("how", ["blocks", "module", "function"])
+def test_gradients_of_what_is_compiled(how):
+    nets = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        network = nn.Sequential(*(Bounded(how) for _ in range(2)))
+        nets.append(LocalNet(network, 10, input_shape=(32, 8, 8), reach=1.0, recompute=recompute))
+        if how == "blocks":
+            nets[-1].compile_blocks()
+        torch.manual_seed(1)
+        nets[-1].loss(torch.randn(6, 32, 8, 8), torch.arange(6)).backward()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_it_is_said_where_it_does_nothing():
     with pytest.warns(UserWarning, match="recompute=True has no effect: no window of reach=1 has two blocks"):
         LocalNet(small_net(), 10, input_shape=(1, 8, 8), recompute=True)

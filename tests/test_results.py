@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -283,6 +284,44 @@ def test_a_comment_is_no_setting(tmp_path):
 def test_no_runs_are_no_table(tmp_path):
     with pytest.raises(SystemExit, match="no runs in"):
         results.main(["--runs", str(tmp_path / "nothing"), "--plot", str(tmp_path / "blocks.png")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--plot", "{}/x.foo"], "x.foo: must end in .png, .svg or .pdf"),
+        (["--plot", "{}/no/x.png"], "x.png: there is no folder"),
+        (["--csv", "{}"], "is a folder, give a file"),
+        (["--runs", "{}/a_file"], "a_file: is a file, give a folder"),
+        (["--stages=val"], "--stages: is handed to ff-lightning fit, and there is no recipe to fit"),
+        (["digits_cnn", "--trainer.logger", "false"], "--trainer.logger: the table is made of what the default logger"),
+        (["digits_cnn", "--trainer.logger.save_dir=x"], "--trainer.logger.save_dir: the table is made of"),
+        (["digits_cnn", "--data.seed=3"], "--data.seed: each run has the seed of its own"),
+    ],
+)
+def test_what_could_not_be_carried_out_is_refused_before_a_run(arguments, says, tmp_path):
+    (tmp_path / "a_file").touch()
+    with pytest.raises(SystemExit, match=re.escape(says)):
+        results.main([*CONFIGS, "--runs", str(tmp_path / "runs"), *(a.format(tmp_path) for a in arguments)])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_early_is_only_tested_again(tmp_path, capsys):
+    early = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/acc"]
+    early += ["--trainer.callbacks.mode=max", "--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=1"]
+    arguments = ["digits_cnn", "--methods", "sff", "--seeds", "0", "--runs", str(tmp_path), *CONFIGS, *QUICK, *early]
+    results.main([*arguments, "--trainer.max_epochs", "9"])
+    folder = tmp_path / "digits_cnn" / "sff-0"
+    whole = read_run(folder)
+    assert whole.epochs < 9
+    part = folder.with_suffix(".part")
+    folder.rename(part)  # as a kill during the test leaves it
+    (part / RECORD).unlink()
+    shutil.rmtree(part / "test")
+    results.main([*arguments, "--trainer.max_epochs", "9"])
+    again = read_run(folder)
+    assert (again.epochs, again.figures) == (whole.epochs, whole.figures)
 
 
 @pytest.mark.slow

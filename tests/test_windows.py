@@ -150,6 +150,25 @@ def test_windows_that_do_not_move_are_the_fewest_of_all_placements(reach, ends):
         assert_same(gradients(one), gradients(two))
 
 
+@pytest.mark.parametrize(
+    ("trained", "windows"),
+    [([1, 2], [(1, 2)]), ([1, 2, 3, 4], [(1, 2), (3, 4)]), ([0, 2, 3, 5], [(0, 0), (2, 3), (5, 5)])],
+)
+def test_windows_that_do_not_move_are_the_fewest_of_the_trained_blocks(trained, windows):
+    net = deep(reach=2, moving_windows=False)
+    net.train_only(trained)
+    assert net.windows.run(net.trained) == [windows]
+    units = [update.units for update in net.updates(torch.randn(6, 4, 8, 8), Y)]
+    assert units == [tuple(range(first, last + 1)) for first, last in windows]
+
+
+def test_appended_blocks_have_windows_that_stay():
+    net = deep(5, reach=2, moving_windows=False)
+    added = net.append("more", nn.Sequential(*(Residual(4) for _ in range(2))))
+    net.train_only(added)
+    assert net.windows.run(net.trained) == [[(5, 6)]]
+
+
 def test_bad_moving_windows():
     with pytest.raises(ValueError, match="moving_windows=3"):
         make(reach=2, moving_windows=3)
@@ -417,3 +436,18 @@ def test_the_table_shows_no_windows_of_blocks_that_are_held(make_trainer, digits
     assert "0-2" not in printed
     assert " 0: " not in printed
     assert f"{share * kept_per_image(model.net)[1] / 1024:,.0f} KiB" in printed
+
+
+@pytest.mark.parametrize("reach", [1, 2, 1.0])
+@pytest.mark.parametrize("optimization", ["manual", "automatic"])
+def test_what_is_frozen_as_a_whole_rests(reach, optimization, make_trainer, digits):
+    torch.manual_seed(0)
+    model = SFF(small_net(), 10, (1, 8, 8), reach=reach, optimization=optimization)
+    for module in (model.net.blocks[0], model.net.objectives[0]):
+        module.requires_grad_(False)
+    before = copy.deepcopy(model.net)
+    make_trainer(max_epochs=1, limit_train_batches=4).fit(model, digits)
+    for k in range(len(model.net.blocks)):
+        for module in ("blocks", "objectives"):
+            pairs = zip(*(getattr(net, module)[k].parameters() for net in (before, model.net)), strict=True)
+            assert all(torch.equal(p, q) == (k == 0) for p, q in pairs)

@@ -184,6 +184,8 @@ def _work(pipe: Connection, settings: Settings, name: str, compile_it: bool, ste
         before = _memory(settings)
         if variant.optimizers and not compile_it:
             _count(variant, result)
+        if compile_it and name == "selective":
+            raise ValueError("compiled code may write over the results that are kept")
         for module in variant.modules if compile_it else ():
             module.compile()
         start = time.perf_counter()

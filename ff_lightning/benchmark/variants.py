@@ -91,6 +91,8 @@ def backprop(settings: Settings, micro_batches: int = 1) -> Variant:
     """Plain backpropagation; with more than one micro-batch, their gradients are accumulated."""
     model = settings.place(settings.model())
     optimizer = _optimizer(list(model.parameters()))
+    if settings.batch % micro_batches:
+        raise ValueError(f"batch={settings.batch}: must be a multiple of micro_batches={micro_batches}")
     parts = [(x, y) for x, y in zip(*(t.chunk(micro_batches) for t in settings.batch_of_noise()), strict=True)]
 
     def step() -> None:

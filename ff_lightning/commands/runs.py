@@ -30,6 +30,8 @@ SETTINGS = "settings.yaml"
 """In the folder of a run: its config, and in the last line its stage and the further arguments."""
 RECORD = "run.json"
 """In the folder of a run that is finished: what `Run` holds of it."""
+FITTED = "fitted"
+"""In the folder of a run whose fit has ended, maybe early: it is not trained further."""
 
 
 class Run(NamedTuple):
@@ -166,20 +168,25 @@ def _make(
     seeded = ["--seed_everything", str(seed)]
     go_on = ["--ckpt_path", str(last)] if last else []
     of_run = [*seeded, "--data.seed", str(seed), *of_fit, "--trainer.default_root_dir", str(part), *go_on]
-    _ff_lightning(part, descriptors, "fit", "--config", str(config), *of_run)
+    if not (part / FITTED).is_file():
+        _ff_lightning(part, descriptors, "fit", "--config", str(config), *of_run)
+        (part / FITTED).touch()
     last = _last_checkpoint(part)
     if last is None:
         sys.exit(f"{config} leaves no last.ckpt, which is needed to test the run, and to go on with it")
     if stage == "test":
         root = ["--trainer.default_root_dir", str(part / "test")]
         _ff_lightning(part, descriptors, "test", "--ckpt_path", str(last), *seeded, *root)
+    figures = _logged(part)
+    if not figures:
+        sys.exit(f"{config} logs no figure of validation or test by the default logger, of which the table is made")
     facts = facts_of(read_checkpoint(str(last)), str(last))
     judged_by = [name.rpartition("/")[2] for name in facts.figures]
     if facts.task.lower() in TASKS:
         task = TASKS[facts.task.lower()]
         judged_by += [task.monitor[0].rpartition("/")[2], *task.metrics]
     record = {
-        "figures": _logged(part),
+        "figures": figures,
         "shown": list(dict.fromkeys(judged_by)),
         "epochs": facts.epochs,
         "command": _command(config, seed, of_fit, stage),

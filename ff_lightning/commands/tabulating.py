@@ -161,7 +161,8 @@ def plot(runs: Sequence[Run], stage: str, path: Path) -> None:
     for panel, (recipe, group) in zip(axes[0], panels.items(), strict=True):
         shown = group[0].shown[0]
         for number, method in enumerate(dict.fromkeys(run.method for run in group)):
-            blocks = sorted({name for run in group if run.method == method for name in _blocks(run, stage)})
+            names = {name for run in group if run.method == method for name in _blocks(run, stage)}
+            blocks = sorted(names, key=lambda name: (len(name), name))  # by number: block99 before block100
             values = [[*_by_seed(group, method, name, stage).values()] for name in blocks]
             errors = [stdev(of_block) if len(of_block) > 1 else 0.0 for of_block in values]
             style: dict[str, Any] = {"color": f"C{number}", "zorder": 3}

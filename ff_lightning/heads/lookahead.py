@@ -68,14 +68,16 @@ class LookAhead(nn.Module):
             self.copies.append(_Copy(shape[0], segment, width))
             shape = (_scaled(segment.out_shape[0], width), *segment.out_shape[1:])
         self.pooled = PooledHead(shape[0], num_classes, kernel_size=kernel_size, size=shape[1:])
+        like = next((p for block in place.following for p in block.parameters()), torch.zeros(0))
+        self.to(like.device, like.dtype)  # copies lie where the network lies, and so does what is new
         if width < 1:
-            self._check_width(place, width)
+            self._check_width(place, width, like)
 
-    def _check_width(self, place: Place, width: float) -> None:
+    def _check_width(self, place: Place, width: float, like: Tensor) -> None:
         """Raise ValueError if the copies do not fit together, as where rounded channels are put side by side."""
         try:
             with evaluating(self):
-                self(torch.zeros(1, *place.shape))
+                self(like.new_zeros(1, *place.shape))
         except RuntimeError as error:
             raise ValueError(
                 f"width={shown(width)}: the blocks behind {place.name} cannot be made so narrow, they join or split "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ff_lightning.util.torch_private import TorchDispatchMode, changed_arguments, is_compiled
+from ff_lightning.util.torch_private import TorchDispatchMode, changed_arguments, holds_compiled
 
 aten: Any = torch.ops.aten
 ATTENTION = (
@@ -47,10 +47,12 @@ def run_again(block: nn.Module, keeps: bool, enter: Callable[[Any], Any] | None,
 
     Args:
         block: The block.
-        keeps: Whether the results of its products are kept.
+        keeps: Whether the results of its products are kept. If a module in it is compiled, they are not: compiled code
+            may write over them.
         enter: What is done to its input before; None: nothing.
         state: What enters.
     """
+    keeps = keeps and not holds_compiled(block)
 
     def region(state: Any) -> Any:
         cached = torch.is_autocast_cache_enabled()
@@ -67,7 +69,7 @@ def _contexts(block: nn.Module, keeps: bool) -> tuple[AbstractContextManager[Any
     """Around the first run and around the second one."""
     first: AbstractContextManager[Any] = nullcontext()
     second: AbstractContextManager[Any] = nullcontext()
-    if keeps and not is_compiled(block):  # what is compiled is computed again as a whole
+    if keeps:
         first, second = create_selective_checkpoint_contexts(_policy)
     return first, BuffersStay((module for module in block.modules() if module.training), second)
 

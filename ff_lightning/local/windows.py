@@ -103,7 +103,7 @@ class Windows:
     A placement starts a window at one block, and makes all windows above and below as long as allowed. Each block in
     turn is the one to start at; the different placements take turns. So each border is open part of the time, unless
     its two neighbours together exceed the limit. Windows that do not move have the placement with the fewest of them,
-    and of several such ones that whose largest window keeps least.
+    and of several such ones that whose largest window keeps least; each run of trained blocks for itself.
 
     Args:
         reach: The most blocks of a window, or the largest share of backprop's memory that it may keep: above 0 and
@@ -135,6 +135,8 @@ class Windows:
         self.own_loss = own_loss
         self.blocks = len(names)
         self._limit = float(reach)
+        self._stay = not moving and kept is not None
+        self._fewest: dict[frozenset[int], set[int]] = {}
         if kept is not None and not is_whole(reach) and reach < 1:
             shares = [kept.share(k, k) for k in range(self.blocks)]
             largest = max(range(self.blocks), key=shares.__getitem__)
@@ -148,9 +150,9 @@ class Windows:
         one = not is_whole(reach) and self._fits(0, self.blocks - 1)
         # windows of a number of blocks are the same wherever one of them begins so many blocks further up
         begins = range(1 if one else min(int(reach), self.blocks) if is_whole(reach) else self.blocks)
-        self.placements = sorted({self._from(begin) for begin in begins}, reverse=True)
-        if not moving and kept is not None:
-            self.placements = [min(self.placements, key=lambda ends: (len(ends), max(self.shares(ends))))]
+        self.placements = sorted({self._from(begin, 0, self.blocks - 1) for begin in begins}, reverse=True)
+        if self._stay:
+            self.placements = [tuple(sorted(self.borders(0, range(self.blocks))))]
         idle = [f"own_loss={own_loss}"] * (own_loss != 1) + ["recompute=True"] * recompute
         idle += ["moving_windows=False"] * (not moving)
         if idle and self.longest == 1:
@@ -160,9 +162,12 @@ class Windows:
 
     def borders(self, number: int, trained: Container[int]) -> set[int]:
         """The blocks behind which a pass of this number is cut; a block that is not trained is a window by itself."""
-        ends = self.placements[number % len(self.placements)]
-        held = (k for k in range(self.blocks) if k not in trained or k + 1 not in trained)
-        return {*ends, *held}
+        held = frozenset(k for k in range(self.blocks) if k not in trained or k + 1 not in trained)
+        if not self._stay:
+            return {*self.placements[number % len(self.placements)], *held}
+        if held not in self._fewest:  # between blocks that are held, windows that stay lie as in a network of their own
+            self._fewest[held] = {end for first, last in spans(sorted(held)) for end in self._staying(first, last)}
+        return self._fewest[held]
 
     def run(self, trained: Container[int]) -> list[list[tuple[int, int]]]:
         """For each placement, the first and the last block of its windows; those of blocks not trained are left out."""
@@ -190,10 +195,10 @@ class Windows:
         both = zip(weights, losses, strict=True)
         return [loss if weight == 1 else weight * loss for weight, loss in both if weight]
 
-    def shares(self, ends: Sequence[int]) -> list[float]:
-        """What each window of a placement keeps, as a share of what backprop keeps."""
+    def shares(self, ends: Sequence[int], first: int = 0) -> list[float]:
+        """What each window of a placement keeps, as a share of what backprop keeps; the lowest begins at `first`."""
         assert self.kept is not None, "counted where a window may be longer than a block"
-        return [self.kept.share(first, last) for first, last in spans(ends)]
+        return [self.kept.share(*span) for span in spans(ends, first)]
 
     @property
     def longest(self) -> int:
@@ -205,20 +210,25 @@ class Windows:
             return last - first < self.reach
         return first == last or self.reach == 1 or self.kept is None or self.kept.share(first, last) <= self._limit
 
-    def _from(self, begin: int) -> tuple[int, ...]:
-        """The last block of each window, where one of them begins at a block."""
-        ends = [begin - 1] if begin else []
+    def _staying(self, lowest: int, highest: int) -> tuple[int, ...]:
+        """The placement of some blocks that has the fewest windows, and of those the one whose largest keeps least."""
+        every = sorted({self._from(begin, lowest, highest) for begin in range(lowest, highest + 1)}, reverse=True)
+        return min(every, key=lambda ends: (len(ends), max(self.shares(ends, lowest))))
+
+    def _from(self, begin: int, lowest: int, highest: int) -> tuple[int, ...]:
+        """The last block of each window of some blocks, where one of the windows begins at a block."""
+        ends = [begin - 1] if begin > lowest else []
         first = begin - 1
-        for k in range(begin - 1, -1, -1):  # down from there
+        for k in range(begin - 1, lowest - 1, -1):  # down from there
             if not self._fits(k, first):
                 ends.insert(0, k)
                 first = k
         first = begin
-        for k in range(begin, self.blocks):  # up from there
+        for k in range(begin, highest + 1):  # up from there
             if not self._fits(first, k):
                 ends.append(k - 1)
                 first = k
-        return (*ends, self.blocks - 1)
+        return (*ends, highest)
 
 
 def check_reach(reach: Any, blocks: int) -> None:
@@ -231,6 +241,6 @@ def check_reach(reach: Any, blocks: int) -> None:
         )
 
 
-def spans(ends: Sequence[int]) -> list[tuple[int, int]]:
-    """The first and the last block of each window."""
-    return list(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
+def spans(ends: Sequence[int], first: int = 0) -> list[tuple[int, int]]:
+    """The first and the last block of each window; the lowest begins at `first`."""
+    return list(zip([first, *(end + 1 for end in ends[:-1])], ends, strict=True))

@@ -236,8 +236,9 @@ class LocalLearner(SafeLoading, Optimizing, Resumable):
         for update in updates:
             if steps:
                 steps.begin(update.units)
-            with self._without_ddp_hooks():
-                self.manual_backward(update.loss / self.accumulate if self.accumulate > 1 else update.loss)
+            if update.loss.requires_grad or not self.optimizer_of_unit.keys().isdisjoint(update.units):
+                with self._without_ddp_hooks():  # fails without a graph, unless all that it trains is frozen
+                    self.manual_backward(update.loss / self.accumulate if self.accumulate > 1 else update.loss)
             self.report(update)
             if steps:
                 steps.take(update.units)

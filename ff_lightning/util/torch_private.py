@@ -29,9 +29,9 @@ def original_of_compiled(module: nn.Module) -> nn.Module | None:
     return original if isinstance(original, nn.Module) else None
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether `Module.compile` was called for it."""
-    return module._compiled_call_impl is not None
+def holds_compiled(module: nn.Module) -> bool:
+    """Whether a module or one inside it was compiled, by `Module.compile` or by `torch.compile`."""
+    return any(m._compiled_call_impl is not None or original_of_compiled(m) is not None for m in module.modules())
 
 
 def changed_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
