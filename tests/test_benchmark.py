@@ -311,9 +311,13 @@ def test_plot_says_what_it_needs(monkeypatch, capsys):
     assert "pip install 'ff-lightning[plot]'" in capsys.readouterr().err
 
 
-def test_what_cannot_be_compared_is_skipped():
+def test_micro_batches_are_of_one_size():
+    with pytest.raises(ValueError, match="batch=6: must be a multiple of micro_batches=4"):
+        build(replace(SETTINGS, batch=6, micro_batches=4), "accumulation")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_compiled_is_skipped():
     results = {r.name: r for r in measure(SETTINGS, ["backprop", "selective"], compiled=True, repetitions=0, steps=1)}
     assert "compiled code may write over" in results["selective compiled"].skipped
     assert not results["selective"].skipped
-    with pytest.raises(ValueError, match="batch=6: must be a multiple of micro_batches=4"):
-        build(replace(SETTINGS, batch=6, micro_batches=4), "accumulation")
