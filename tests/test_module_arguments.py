@@ -58,6 +58,14 @@ def test_all_frozen(make_trainer, digits):
         make_trainer().fit(model, digits)
 
 
+def test_a_shared_head_needs_an_optimizer_for_each_block(make_trainer, digits):
+    shared = GoodnessHead(4, 10)
+    arguments = {"input_shape": (1, 8, 8), "num_classes": 10, "head": lambda *_: shared}
+    make_trainer().fit(SFF(small_net(), **arguments), digits)
+    with pytest.raises(ValueError, match=r"optimization='automatic': blocks 0 .* and 1 .* share parameters"):
+        make_trainer().fit(SFF(small_net(), optimization="automatic", **arguments), digits)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -168,6 +168,18 @@ def check_strategy(strategy: Strategy, automatic: bool = True) -> None:
             )
 
 
+def check_shares_nothing(names: Sequence[str], units: Sequence[Sequence[Tensor]]) -> None:
+    """Raise ValueError if two units have a parameter in common, which a single optimizer takes once."""
+    owner: dict[int, int] = {}
+    for k, parameters in enumerate(units):
+        for parameter in parameters:
+            if (other := owner.setdefault(id(parameter), k)) != k:
+                raise ValueError(
+                    f"optimization='automatic': blocks {other} ({names[other]}) and {k} ({names[k]}) share parameters, "
+                    "as by one head for both; give optimization='manual'"
+                )
+
+
 def check_unfrozen(optimizer: Any, processes: int) -> None:
     """Raise MisconfigurationException if parameters that were unfrozen in the run would not be averaged."""
     if processes > 1 and any("name" not in group for group in optimizer.param_groups):
