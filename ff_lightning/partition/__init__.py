@@ -19,6 +19,7 @@ from ff_lightning.partition.trace import CannotTraceError, unwrapped
 from ff_lightning.partition.undivided import CannotDivideError
 from ff_lightning.partition.untouched import Snapshot, untouched
 from ff_lightning.util.arguments import check_granularity, check_network
+from ff_lightning.util.torch_private import uncompiled
 
 __all__ = ["Block", "Example", "Granularity", "Hooked", "Inputs", "State", "cut", "partition"]
 
@@ -105,7 +106,7 @@ def _traced_blocks(
     check_granularity(granularity)
     model = unwrapped(model)
     materialise(model, example)
-    with torch.inference_mode(False), untouched(model) as snapshot:
+    with torch.inference_mode(False), uncompiled(), untouched(model) as snapshot:
         features = trace_features(model, example, snapshot)
         if see_layers and (hiding := hides_layers(model, features.closed)) is not None:
             raise CannotTraceError(f"{hiding!r}, which holds them, cannot be traced")

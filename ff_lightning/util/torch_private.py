@@ -1,7 +1,8 @@
 """Private names of torch that the package cannot do without; a test fails when one changes."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,12 @@ def original_of_compiled(module: nn.Module) -> nn.Module | None:
 def holds_compiled(module: nn.Module) -> bool:
     """Whether a module or one inside it was compiled, by `Module.compile` or by `torch.compile`."""
     return any(m._compiled_call_impl is not None or original_of_compiled(m) is not None for m in module.modules())
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """A context in which what is compiled runs as it was written, so that its results are those of eager code."""
+    # without dynamo, which takes a second to load, nothing is compiled
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def changed_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
