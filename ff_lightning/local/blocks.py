@@ -30,6 +30,7 @@ from ff_lightning.partition.channelwise import all_kept, redone_bytes
 from ff_lightning.partition.trace import evaluating
 from ff_lightning.util.arguments import check_blocks, is_whole
 from ff_lightning.util.suggest import unknown
+from ff_lightning.util.torch_private import uncompiled
 
 
 class LocalBlocks(nn.Module):
@@ -172,7 +173,7 @@ class LocalBlocks(nn.Module):
         like = next(self.parameters(), torch.zeros(0))
         devices = [like.device] if like.is_cuda else []
         untouched = BuffersStay(self.objectives.modules(), torch.random.fork_rng(devices))  # a loss may change its own
-        with evaluating(self), untouched, torch.compiler.set_stance("force_eager"), torch.enable_grad():
+        with evaluating(self), untouched, uncompiled(), torch.enable_grad():
             values = [value[:1] for value in self._example_here()]
             two, three = (self._storages([torch.cat([value] * count) for value in values]) for count in (2, 3))
         inputs, backprop, *parts = map(_per_example, two, three)

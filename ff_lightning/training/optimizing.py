@@ -62,14 +62,15 @@ class Optimizing(KeepsHooks, LightningModule):
         """
         groups: list[dict[str, Any]] = []
         self.optimizer_of_unit: dict[int, int] = {}
-        for k, parameters in enumerate(self.parameters_of_units):
+        units = self.parameters_of_units
+        for k, parameters in enumerate(units):
             if parameters:
                 self.optimizer_of_unit[k] = len(groups)
                 groups.append({"params": parameters, "name": f"block{k:02d}", **self._rate_of(k)})
         if not groups:
             raise ValueError("every parameter is frozen (requires_grad=False): there is nothing to train")
         if self.automatic_optimization:
-            checks.check_shares_nothing(self.unit_names, self.parameters_of_units)
+            checks.check_shares_nothing(self.unit_names, units)
         per_optimizer = [groups] if self.automatic_optimization else [[group] for group in groups]
         optimizers = [recipe.make("optimizer", self.make_optimizer, of_one) for of_one in per_optimizer]
         recipe.check_trains_blocks(type(optimizers[0]), "automatic" if self.automatic_optimization else "manual")
