@@ -73,6 +73,19 @@ def test_delivered_losses_can_be_weighted():
     assert_same(gradients(one), gradients(two), exact=False)
 
 
+def test_windows_can_be_weighted_but_not_the_losses_within_one():
+    one, two, three = (make(reach=2, moving_windows=False) for _ in range(3))
+    (ends,) = one.windows.placements
+    weights = torch.tensor([0.5 + sum(end < k for end in ends) for k in range(3)])
+    assert weights.unique().numel() == len(ends) == 2
+    for window, factor in zip(one.updates(X, Y), weights.unique(), strict=True):
+        (window.loss * factor).backward()
+    (two.delivered_losses(X, Y) * weights).sum().backward()
+    assert_same(gradients(one), gradients(two), exact=False)
+    with pytest.raises(ValueError, match=r"have the weights \[.*\]: those of one window .* need the same weight"):
+        (three.delivered_losses(X, Y) * torch.tensor([1.0, 2.0, 4.0])).sum().backward()
+
+
 def test_parameters_with_one_gradient_each_get_it_once():
     class SumOfWeights(nn.Module):
         def __init__(self):

@@ -317,7 +317,7 @@ class LocalNet(LocalBlocks):
 
         The local gradients are computed here, block after block, so that the graph of only one block (or one window) is
         alive at any time. ``backward()`` of any scalar made of the vector hands them to the parameters, each times the
-        gradient that arrives at the loss of its block. Different weights for different losses require ``reach=1``.
+        gradient that arrives at the loss of its block. Different weights within a window are an error, on the CPU.
 
         Args:
             x: Images, (B, C, H, W).

@@ -38,8 +38,8 @@ def deliver(
     """Compute the gradients of all updates, one update after the other, for a loop that calls backward once.
 
     The graph of only one update is alive at a time; its gradients are kept. ``backward()`` of any scalar made of the
-    losses hands them to the parameters, each times the gradient that arrives at the loss of its unit. Different weights
-    for different losses require that each update has a single unit.
+    losses hands them to the parameters, each times the gradient that arrives at the loss of its unit. The losses of one
+    update need the same weight (checked on the CPU only, where it costs nothing): their gradients are one sum.
 
     Args:
         updates: Those of a batch. An update without a graph only adds its loss.
@@ -48,7 +48,7 @@ def deliver(
             they do not underflow.
 
     Raises:
-        ValueError: If there is no update.
+        ValueError: If there is no update. In backward, if the losses of an update have different weights.
     """
     every: list[nn.Parameter] = []  # DistributedDataParallel waits for each of them
     place: dict[int, int] = {}  # by identity, which costs less than to hash a tensor
@@ -59,6 +59,7 @@ def deliver(
                 every.append(parameter)
         of_units.append(list(dict.fromkeys(place[id(parameter)] for parameter in own)))
     gradients: list[tuple[int, list[int], list[Tensor]]] = []  # number of the loss, of the parameters, their gradients
+    together: list[slice] = []  # the losses of each update
     values: list[Tensor] = []
     units: list[int] = []
     scale: Tensor | None = None
@@ -76,6 +77,7 @@ def deliver(
                 of_unit = [number for number in of_units[update.units[at]] if number in gradient_of]
                 got = [gradient_of.pop(number) for number in of_unit]  # a shared parameter is handed over once
                 gradients.append((len(values) + at, of_unit, got))
+            together.append(slice(len(values), len(values) + len(update.values)))
         units += update.units
         values += update.values
     if not values:
@@ -84,7 +86,7 @@ def deliver(
     without_gradient = {parameter for number, parameter in enumerate(every) if number not in reached}
     losses = torch.stack(values)
     if torch.is_grad_enabled():
-        losses = _Deliver.apply(losses, scale, gradients, *every)
+        losses = _Deliver.apply(losses, scale, gradients, together, *every)
     return Delivered(losses, tuple(units), without_gradient)
 
 
@@ -97,9 +99,10 @@ class _Deliver(torch.autograd.Function):
         losses: Tensor,
         scale: Tensor | None,
         gradients: list[tuple[int, list[int], list[Tensor]]],
+        together: list[slice],
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.scale, ctx.gradients, ctx.count = scale, gradients, len(parameters)
+        ctx.scale, ctx.gradients, ctx.together, ctx.count = scale, gradients, together, len(parameters)
         return losses.clone()
 
     @staticmethod
@@ -108,6 +111,13 @@ class _Deliver(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the local gradients of this loss were already delivered: compute the loss again")
+        if arriving.device.type == "cpu":
+            for update in ctx.together:
+                if len(set(weights := arriving[update].tolist())) > 1:
+                    raise ValueError(
+                        f"losses {update.start} to {update.stop - 1} have the weights {weights}: those of one window "
+                        "of blocks (reach above 1) need the same weight"
+                    )
         factors = (arriving if ctx.scale is None else arriving / ctx.scale).unbind()
         totals: list[Tensor | None] = [None] * ctx.count
         while gradients:
@@ -117,4 +127,4 @@ class _Deliver(torch.autograd.Function):
             for at, gradient in zip(places, scaled, strict=True):
                 before = totals[at]
                 totals[at] = gradient if before is None else before + gradient
-        return None, None, None, *totals
+        return None, None, None, None, *totals
